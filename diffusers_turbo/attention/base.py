@@ -1,0 +1,209 @@
+"""The contract every attention processor here keeps: project, attend, project back.
+
+diffusers gives each `Attention` layer a processor object and calls it with the layer and its inputs. What a layer needs
+around the attention itself (norms, masks, added keys, residual) is the same whatever computes the attention, so it
+stands here once; a subclass only says how `[B, H, N, D]` queries meet keys and values.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusers_turbo.errors import InvalidOptionError, explain_failure
+
+
+class TurboAttnProcessor(ABC):
+    """Base of all processors: everything around `attend`, for plain, added-KV and joint layers.
+
+    An instance holds options only, never a tensor: one may serve every layer of a model, be pickled, copied, compared.
+    """
+
+    @abstractmethod
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of `[B, H, N, D]` queries over `[B, H, M, D]` keys and values, scores scaled by `attn.scale`.
+
+        `mask` is added to the scaled scores: None or a float tensor `[B or 1, H or 1, N or 1, M]` of the query's dtype.
+        """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run one layer. Further arguments are accepted and ignored, as diffusers' own processors do.
+
+        Args:
+            attn: the `diffusers.models.attention_processor.Attention` layer being run.
+            hidden_states: `[B, N, C]`, or an image `[B, C, height, width]`.
+            encoder_hidden_states: `[B, M, C']`, or None for self-attention.
+            attention_mask: added to the scores (or boolean, True = attend); see `attention_bias`.
+            temb: what the layer's spatial norm is conditioned on.
+
+        Returns:
+            A tensor shaped like `hidden_states`; for joint layers (SD3) the pair of image and text states.
+        """
+        if getattr(attn, "add_q_proj", None) is not None:
+            return self._joint(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if attn.added_kv_proj_dim is not None:
+            return self._added_kv(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(sorted((name, repr(value)) for name, value in vars(self).items()))))
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
+    def _plain(
+        self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
+    ) -> Tensor:
+        """Self- or cross-attention, the layers of SD, SDXL, PixArt and the VAE."""
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        is_image = hidden_states.ndim == 4
+        if is_image:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if context is not None and attn.norm_cross is not None:
+            context = attn.norm_encoder_hidden_states(context)
+
+        query, key, value = project(attn, hidden_states, context)
+        hidden_states = leave_heads(self._attend_heads(attn, query, key, value, mask))
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+
+        if is_image:
+            hidden_states = hidden_states.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        # Dividing by one changes no bit and costs a pass over memory.
+        return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor
+
+    def _added_kv(
+        self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
+    ) -> Tensor:
+        """Attention over the context's own projections and then the layer's, the layers of UnCLIP, DeepFloyd, Kandinsky.
+
+        The input is channels-first, the residual is always added, and without a context the states stand in for it as
+        they were before the group norm.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if context is None:
+            context = hidden_states
+        elif attn.norm_cross is not None:
+            context = attn.norm_encoder_hidden_states(context)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query = attn.to_q(hidden_states)
+        key, value = attn.add_k_proj(context), attn.add_v_proj(context)
+        if not attn.only_cross_attention:
+            key = torch.cat([key, attn.to_k(hidden_states)], dim=1)
+            value = torch.cat([value, attn.to_v(hidden_states)], dim=1)
+            if mask is not None and mask.shape[-1] == context.shape[1]:
+                # A mask of the context leaves the layer's own tokens visible.
+                mask = F.pad(mask, (0, hidden_states.shape[1]), value=True if mask.dtype == torch.bool else 0.0)
+        query, key, value = enter_heads(attn, query, key, value)
+        hidden_states = leave_heads(self._attend_heads(attn, query, key, value, mask))
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        return hidden_states.transpose(1, 2).reshape(residual.shape) + residual
+
+    def _joint(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Any:
+        """One attention over image and text tokens, each with its own projections: the layers of SD3."""
+        raise NotImplementedError
+
+    def _attend_heads(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if attn.norm_q is not None:
+            query = attn.norm_q(query).to(value.dtype)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key).to(value.dtype)
+        heads = query.shape[1]
+        if key.shape[1] != heads:
+            key = key.repeat_interleave(heads // key.shape[1], dim=1)
+            value = value.repeat_interleave(heads // value.shape[1], dim=1)
+        bias = None
+        if mask is not None:
+            bias = attention_bias(mask, query.shape[0], heads, query.shape[2], key.shape[2], query.dtype)
+        return self.attend(attn, query, key, value, bias).to(query.dtype)
+
+
+def project(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as `[B, H, N, D]`, by the layer's fused projections where they are in force.
+
+    Fused weights are copies: they are used only while the three projections are plain linear layers, so that an adapter
+    wrapped around one of them (LoRA) is never bypassed.
+    """
+    fused = attn.fused_projections and all(type(m) is nn.Linear for m in (attn.to_q, attn.to_k, attn.to_v))
+    if fused and context is None and not attn.is_cross_attention:
+        sizes = [attn.inner_dim, attn.inner_kv_dim, attn.inner_kv_dim]
+        return enter_heads(attn, *attn.to_qkv(hidden_states).split(sizes, dim=-1))
+    source = hidden_states if context is None else context
+    if fused and attn.is_cross_attention:
+        key, value = attn.to_kv(source).split(attn.inner_kv_dim, dim=-1)
+    else:
+        key, value = attn.to_k(source), attn.to_v(source)
+    return enter_heads(attn, attn.to_q(hidden_states), key, value)
+
+
+def enter_heads(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """View `[B, N, H*D]` as `[B, H, N, D]`; keys and values may have fewer heads."""
+    head_dim = query.shape[-1] // attn.heads
+    query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
+    return query, key, value
+
+
+def leave_heads(states: Tensor) -> Tensor:
+    """`[B, H, N, D]` back to `[B, N, H*D]`."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def attention_bias(mask: Tensor, batch: int, heads: int, n_query: int, n_key: int, dtype: torch.dtype) -> Tensor:
+    """Any mask diffusers' layers accept as a bias `[B or 1, H or 1, N or 1, M]` of `dtype`.
+
+    Accepted: `[B, M]`, `[B, 1 or N, M]`, `[B*H, 1 or N, M]` (already repeated over heads) and `[B, 1 or H, 1 or N, M]`,
+    with 1 in place of B everywhere. A boolean mask keeps the True positions.
+
+    Raises:
+        InvalidOptionError: for any other shape.
+    """
+    shape = tuple(mask.shape)
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    elif mask.ndim == 3 and shape[0] == batch * heads:
+        mask = mask.unflatten(0, (batch, heads))
+    elif mask.ndim == 3:
+        mask = mask[:, None]
+    allowed = ((1, batch), (1, heads), (1, n_query), (n_key,))
+    if mask.ndim != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
+        raise InvalidOptionError(
+            explain_failure(
+                "attention mask",
+                f"shape {list(shape)} for {batch} x {heads} heads, {n_query} queries, {n_key} keys",
+                "[B, M], [B, 1 or N, M], [B*H, 1 or N, M] or [B, 1 or H, 1 or N, M]",
+                "pass a mask as long as the keys",
+            )
+        )
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+    if mask.dtype == dtype:
+        return mask
+    # A fp32 "minus everything" becomes -inf in a narrower dtype, and a row of those alone becomes NaN.
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
