@@ -22,7 +22,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
 _HEADS, _TOKENS, _HEAD_DIM = 2, 128, 64
 """A head size and a length that every fused kernel takes."""
 
-# Half precision rounds the result of 128 terms of size one to about 1e-3; a kernel that misreads its input is off by 0.1
+# Half precision rounds a sum of 128 terms of size one to about 1e-3; a kernel that misreads its input is off by 0.1
 # and more.
 _TOLERANCE = 2e-2
 
@@ -107,8 +107,8 @@ def _dtypes_that_run(call: Attend, device: str) -> tuple[str, ...]:
         try:
             with torch.no_grad():
                 got = call(*(x.to(device=device, dtype=getattr(torch, name)) for x in (q, k, v)))
-                # a kernel may also run with a dtype it misreads: cuDNN's operator accepts float32 and is refused it
-                # by torch's own dispatcher. Copying to the host also waits for a launch that fails late.
+                # a kernel may also run with a dtype it misreads: cuDNN takes float32 and answers NaN (seen on an H100,
+                # torch 2.11). Copying to the host also waits for a launch that fails late.
                 right = torch.allclose(got.float().cpu(), expected, atol=_TOLERANCE, rtol=0)
         except Exception:  # whatever an operator raises, the answer is the same: it does not run here
             continue

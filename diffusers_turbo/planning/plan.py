@@ -125,13 +125,15 @@ class Plan:
             steps = tuple(Step(**item) for item in data.pop("steps"))
             rejected = tuple(Rejected(**item) for item in data.pop("rejected"))
             notes = tuple(data.pop("notes"))
-            estimates = {key: MemoryEstimate.from_dict(value) for key in ("before", "after") if (value := data.pop(key))}
+            estimates = {
+                key: MemoryEstimate.from_dict(value) for key in ("before", "after") if (value := data.pop(key))
+            }
             plan = cls(steps=steps, rejected=rejected, notes=notes, **estimates, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _no_plan(f"{type(error).__name__}: {error}") from error
         if version != FORMAT_VERSION:
             raise _no_plan(f"format_version {version!r}")
-        if unknown := sorted({item.action for item in (*steps, *rejected)} - set(ACTIONS)):
+        if unknown := sorted({item.action for item in [*plan.steps, *plan.rejected]} - set(ACTIONS)):
             raise _no_plan(f"the unknown actions {', '.join(unknown)}")
         return plan
 

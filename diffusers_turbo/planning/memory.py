@@ -1,0 +1,343 @@
+"""An ESTIMATE of the peak device memory of each stage: encoding the prompt, denoising, decoding.
+
+The model is weights on the device + live activations + workspaces. Activations are counted in units of one tensor at
+each level of the network; the counts come from running full-size SD1.5, SD2.1, SDXL, SD3, Flux and PixArt on the meta
+device and adding up live storages. Workspaces are fitted to peaks measured with torch 2.11 on an H100 (fp16, batch 1
+and 8, 512 to 2048 pixels, and each offload; docs/benchmarks/). Over those rows the estimate is within 10 %, which
+`tests/planning/test_memory.py` holds. It speaks of allocated bytes: what the allocator reserves was up to 1.7 times
+that in the same runs, but is given back before an allocation fails. Compiled graphs and their pools are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusers_turbo.planning.options import (
+    ChannelsLast,
+    FusedQKV,
+    GroupOffload,
+    HalfPrecision,
+    ModelOffload,
+    NaiveAttention,
+    Options,
+    SDPAAttention,
+    SequentialOffload,
+    SlicedAttention,
+    VAESlicing,
+    VAETiling,
+    XFormersAttention,
+)
+from diffusers_turbo.planning.units import MIB
+
+if TYPE_CHECKING:
+    from diffusers_turbo.facts.components import ComponentFacts
+    from diffusers_turbo.facts.pipeline import PipelineFacts
+
+# What a plan keeps beyond the estimate: the largest error over the measured rows, rounded up.
+MARGIN = 0.10
+
+# Beside weights and activations: cuBLAS workspaces (32 MiB on Hopper, less elsewhere), latents, prompt embeddings.
+# Measured: SD1.5 weighs 1799 MiB and holds 1854 between stages.
+FIXED_BYTES = 55 * MIB
+
+# Live tensors at the peak of a transformer block, in tensors of [tokens, channels]: the GEGLU's projection (8), gate
+# (4) and product (4), norms and residuals. Meta-device runs: 24.0 for SD1.5, SD2.1 and SDXL at their widest level.
+_UNET_BLOCK_TENSORS = 24
+# The same for transformers' blocks: 12.1 PixArt, 12.5 SD3, 17.6 Flux (its single blocks hold the MLP beside q, k, v).
+_TRANSFORMER_BLOCK_TENSORS = 17.6
+# Prompt tokens beside the picture's: 512 for Flux and 333 for SD3, by their pipelines' defaults.
+_PROMPT_TOKENS = 512
+# A resnet's input, its norm and its SiLU live together, and going up the input is concatenated with a skip.
+_RESNET_TENSORS = 3
+# Naive attention holds scores and softmax; what else is live then is 0.43 of the fused peak (2936 and 18458 MiB
+# measured for SD1.5 at 512 and 1024).
+_SCORE_COPIES = 2
+_NAIVE_SHARE = 0.43
+# A decoder's resnet at its widest level holds input, norm and SiLU: 384 MiB at 512 and 1536 at 1024 on meta.
+_DECODER_TENSORS = 3
+# cuDNN's workspace for NCHW convolutions, as a share of the decoder's live tensors: measured 0.585 for one picture
+# at 512, 1024 and 2048, and 0.335 for eight; channels-last 0.16.
+_NCHW_WORKSPACE, _NCHW_WORKSPACE_ONE = 0.335, 0.25
+_CHANNELS_LAST_WORKSPACE = 0.16
+# A CLIP or T5 encoder's activations are small beside its weights; an allowance for 512 tokens.
+_ENCODE_BYTES = 64 * MIB
+# The KL autoencoder of every Stable Diffusion, for autoencoders whose config says nothing.
+_DEFAULT_DECODER = (128, 256, 512, 512)
+
+_NAIVE_PROCESSORS = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "NaiveAttnProcessor")
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """The estimated peak of one stage: "encode", "denoise" or "decode", and what makes it up."""
+
+    stage: str
+    weights_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything on the device at the stage's peak."""
+        return self.weights_bytes + self.activation_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """The estimated peaks of all stages, in the order in which they run."""
+
+    stages: tuple[StageMemory, ...]
+    margin: float = MARGIN
+
+    @property
+    def peak(self) -> StageMemory:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda stage: stage.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The estimated peak over all stages."""
+        return self.peak.peak_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The peak with the estimate's margin: what must be free for the plan to be called fitting."""
+        return int(self.peak_bytes * (1 + self.margin))
+
+    def stage(self, name: str) -> StageMemory:
+        """Return one stage by name."""
+        return next(stage for stage in self.stages if stage.stage == name)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryEstimate:
+        """Read back what `dataclasses.asdict` wrote."""
+        return cls(stages=tuple(StageMemory(**stage) for stage in data["stages"]), margin=data["margin"])
+
+
+def estimate_memory(
+    pipeline_facts: PipelineFacts,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+    options: Sequence[Options] = (),
+) -> MemoryEstimate:
+    """Estimate the peak device memory of each stage.
+
+    Args:
+        pipeline_facts: the pipeline as it stands; what it has on already (VAE tiling, processors) is counted.
+        height, width: pixels.
+        batch_size: pictures per call.
+        options: switches assumed on beside what the pipeline has.
+    """
+    switches = {type(option): option for option in options}
+    return MemoryEstimate(
+        stages=(
+            _encode(pipeline_facts, switches),
+            _denoise(pipeline_facts, switches, height, width, batch_size),
+            _decode(pipeline_facts, switches, height, width, batch_size),
+        )
+    )
+
+
+Switches = Mapping[type[Options], Options]
+
+
+def _encode(facts: PipelineFacts, switches: Switches) -> StageMemory:
+    return StageMemory(
+        stage="encode",
+        weights_bytes=_weights(facts, switches, ("text_encoder", "image_encoder")),
+        activation_bytes=_ENCODE_BYTES if any(part.role == "text_encoder" for part in facts.components) else 0,
+        workspace_bytes=FIXED_BYTES,
+    )
+
+
+def _denoise(facts: PipelineFacts, switches: Switches, height: int, width: int, batch_size: int) -> StageMemory:
+    rows, columns = -(-height // facts.vae_scale_factor), -(-width // facts.vae_scale_factor)
+    item_bytes = _item_bytes(facts.denoiser_facts, facts, switches)
+    samples = batch_size * facts.guidance_copies
+    live = int(_live_values(facts, rows * columns) * samples * item_bytes)
+    scores = max(
+        (
+            layer.heads * layer.tokens(rows, columns, facts.shape.patch_size) ** 2 * item_bytes * _SCORE_COPIES
+            for layer in facts.attention
+            if layer.component == facts.denoiser and not layer.cross
+        ),
+        default=0,
+    )
+    held = _scores_held(facts, switches, scores, samples)
+    return StageMemory(
+        stage="denoise",
+        weights_bytes=_weights(facts, switches, ("denoiser", "controlnet")),
+        activation_bytes=max(live, held + int(_NAIVE_SHARE * live)) if held else live,
+        workspace_bytes=FIXED_BYTES,
+    )
+
+
+def _scores_held(facts: PipelineFacts, switches: Switches, scores_per_sample: int, samples: int) -> int:
+    """Return the bytes of scores and softmax that attention holds at once; 0 where its kernel never holds them."""
+    sliced = switches.get(SlicedAttention)
+    if isinstance(sliced, SlicedAttention):
+        heads = max((layer.heads for layer in facts.attention if layer.component == facts.denoiser), default=1)
+        held = scores_per_sample // heads * min(_heads_at_once(sliced, heads), heads * samples)
+        return min(held, sliced.max_bytes) if sliced.max_bytes is not None else held
+    fused = switches.get(SDPAAttention)
+    if isinstance(fused, SDPAAttention):
+        naive = fused.backend == "math"
+    else:
+        naive = XFormersAttention not in switches and (NaiveAttention in switches or holds_scores(facts.processors))
+    return scores_per_sample * samples if naive else 0
+
+
+def _heads_at_once(sliced: SlicedAttention, heads: int) -> int:
+    if isinstance(sliced.slice_size, int):
+        return sliced.slice_size
+    return 1 if sliced.slice_size == "max" else max(1, heads // 2)
+
+
+def holds_scores(processors: Mapping[str, int]) -> bool:
+    """True where one of these attention processors materialises the score matrix.
+
+    >>> holds_scores({"AttnProcessor2_0": 32})
+    False
+    """
+    return any(name in _NAIVE_PROCESSORS for name in processors)
+
+
+def _live_values(facts: PipelineFacts, latents: int) -> float:
+    """Return the values alive at the denoiser's peak for one sample with fused attention."""
+    shape = facts.shape
+    if shape.kind == "transformer":
+        tokens = latents / shape.patch_size**2 + _PROMPT_TOKENS
+        return _TRANSFORMER_BLOCK_TENSORS * tokens * shape.inner_dim
+    peak, skips = 0.0, 0.0
+    channels = shape.block_out_channels
+    for level, width in enumerate(channels):
+        area = latents / 4**level
+        below = channels[min(level + 1, len(channels) - 1)]
+        # going up: the level below's output, concatenated with a skip, then through a resnet
+        resnet = skips + area * (below + _RESNET_TENSORS * (below + width))
+        if level == 0:
+            skips = area * width
+        # going down: the last block of the level, with every earlier output kept for the way up
+        block = skips + area * width * (shape.layers_per_block - 1 + _UNET_BLOCK_TENSORS)
+        has_attention = level < len(shape.attention_levels) and shape.attention_levels[level]
+        peak = max(peak, resnet, block if has_attention else 0.0)
+        skips += area * width * (shape.layers_per_block + 0.25)
+    return peak
+
+
+def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, batch_size: int) -> StageMemory:
+    part = facts.component("vae")
+    if facts.vae is None or part is None:
+        weights = _weights(facts, switches, ())
+        return StageMemory(stage="decode", weights_bytes=weights, activation_bytes=0, workspace_bytes=FIXED_BYTES)
+    item_bytes = _item_bytes(part, facts, switches)
+    weights = _weights(facts, switches, ("vae", "other"))
+    if facts.vae.force_upcast and item_bytes == 2:
+        # decoding casts the whole VAE to float32 first; offloaded, it is the VAE alone that grows
+        if isinstance(_offload(facts, switches), (ModelOffload, type(None))):
+            weights += part.parameter_bytes * 2 // _stored_item_bytes(part)
+        item_bytes = 4
+    at_once = 1 if VAESlicing in switches or facts.vae.slicing else batch_size
+    area = height * width
+    pictures = 0
+    if tile := _tile_size(facts, switches):
+        area = min(area, tile**2)
+        # rows of finished tiles, the blended rows, and the picture they are joined into
+        pictures = 3 * 3 * height * width * item_bytes * at_once
+    if at_once < batch_size:
+        pictures += 3 * height * width * item_bytes * batch_size
+    channels = facts.vae.block_out_channels or _DEFAULT_DECODER
+    widest = max(area / 4**level * channels[min(level + 1, len(channels) - 1)] for level in range(len(channels)))
+    live = int(_DECODER_TENSORS * widest * at_once * item_bytes)
+    share = _NCHW_WORKSPACE + _NCHW_WORKSPACE_ONE / at_once
+    if ChannelsLast in switches:
+        share = _CHANNELS_LAST_WORKSPACE
+    return StageMemory(
+        stage="decode",
+        weights_bytes=weights,
+        activation_bytes=live + pictures,
+        workspace_bytes=int(live * share) + FIXED_BYTES,
+    )
+
+
+def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:
+    """Return the side of a tile in pixels, None where the picture is decoded whole."""
+    tiling = switches.get(VAETiling)
+    stock = (facts.vae.sample_size if facts.vae else None) or 512
+    if isinstance(tiling, VAETiling):
+        return tiling.tile_size or stock
+    return stock if facts.vae is not None and facts.vae.tiling else None
+
+
+def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -> int:
+    """Return the bytes of weights on the device while components of these roles run, one after the other."""
+    offload = _offload(facts, switches)
+    if offload is None:
+        return sum(_scaled(part, part.parameter_bytes, facts, switches) for part in facts.components) + _fused_bytes(
+            facts, switches
+        )
+    working = [part for part in facts.components if part.role in roles]
+    held = [_scaled(part, _onloaded_bytes(part, offload), facts, switches) for part in working]
+    extra = _fused_bytes(facts, switches) if isinstance(offload, ModelOffload) and "denoiser" in roles else 0
+    return max(held, default=0) + extra
+
+
+def _offload(facts: PipelineFacts, switches: Switches) -> Options | None:
+    """Return the offload in force: the switch's, else the one whose hooks are on the pipeline already."""
+    for kind in (SequentialOffload, GroupOffload, ModelOffload):
+        if kind in switches:
+            return switches[kind]
+    if "accelerate:AlignDevicesHook" in facts.hooks:
+        return SequentialOffload()
+    if "diffusers:group_offloading" in facts.hooks:
+        return GroupOffload(num_blocks_per_group=1)
+    return ModelOffload() if "accelerate:CpuOffload" in facts.hooks else None
+
+
+def _onloaded_bytes(part: ComponentFacts, offload: Options) -> int:
+    if isinstance(offload, SequentialOffload):
+        return part.largest_leaf_bytes
+    return _group_bytes(part, offload) if isinstance(offload, GroupOffload) else part.parameter_bytes
+
+
+def _fused_bytes(facts: PipelineFacts, switches: Switches) -> int:
+    """Return what fused projections add: their weights lie beside the separate ones, which undoing needs."""
+    fused = switches.get(FusedQKV)
+    if not isinstance(fused, FusedQKV):
+        return 0
+    total = 0
+    for layer in facts.attention:
+        part = facts.component(layer.component)
+        if part is None or not (fused.vae if layer.component == "vae" else fused.unet):
+            continue
+        width = layer.heads * layer.head_dim
+        values = 2 * width * (facts.shape.cross_attention_dim or width) if layer.cross else 3 * width * width
+        total += layer.count * values * _item_bytes(part, facts, switches)
+    return total
+
+
+def _group_bytes(part: ComponentFacts, group: GroupOffload) -> int:
+    if group.offload_type == "leaf_level":
+        # with a stream the next layer is fetched while this one works
+        return part.largest_leaf_bytes * (2 if group.use_stream else 1)
+    return part.largest_pair_bytes + part.rest_bytes
+
+
+def _scaled(part: ComponentFacts, size_bytes: int, facts: PipelineFacts, switches: Switches) -> int:
+    """Return what `size_bytes` of the component's weights are after a cast that the switches ask for."""
+    return size_bytes * _item_bytes(part, facts, switches) // _stored_item_bytes(part)
+
+
+def _stored_item_bytes(part: ComponentFacts) -> int:
+    return _ITEM_BYTES.get(part.dtype, 2)
+
+
+def _item_bytes(part: ComponentFacts, facts: PipelineFacts, switches: Switches) -> int:
+    half = switches.get(HalfPrecision)
+    if isinstance(half, HalfPrecision) and part.dtype in _ITEM_BYTES:
+        return _ITEM_BYTES[half.dtype or facts.native_dtype]
+    return _stored_item_bytes(part)
