@@ -8,20 +8,52 @@ stands here once; a subclass only says how `[B, H, N, D]` queries meet keys and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusers_turbo.errors import InvalidOptionError, explain_failure
+from .limits import AttentionLayer, Limits, layer_kind, reasons_against
+from .masks import attention_bias
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a result may lie from the fp32 reference: `absolute + relative * |reference|`, element by element."""
+
+    absolute: float
+    relative: float
 
 
 class TurboAttnProcessor(ABC):
     """Base of all processors: everything around `attend`, for plain, added-KV and joint layers.
 
     An instance holds options only, never a tensor: one may serve every layer of a model, be pickled, copied, compared.
+    Every subclass can be made without arguments, because `load_ip_adapter` does so.
+
+    Attributes:
+        limits: what the kernel accepts, one entry a device where devices differ.
+        tolerance: distance of outputs (and, scaled to their size, of gradients) from the fp32 reference, by dtype.
     """
+
+    limits: ClassVar[tuple[Limits, ...]]
+    tolerance: ClassVar[Mapping[torch.dtype, Tolerance]] = {
+        # A few roundings of the widest intermediate, about twice what tests/attention sees at most.
+        torch.float32: Tolerance(1e-4, 1e-4),
+        torch.float16: Tolerance(5e-3, 5e-3),
+        torch.bfloat16: Tolerance(4e-2, 4e-2),
+    }
+
+    def reasons(self, layer: AttentionLayer) -> list[str]:
+        """Why this processor cannot take `layer`, judged by its limits alone; empty when it can. Asks no device."""
+        return reasons_against(self.limits, layer)
+
+    def reasons_here(self, layer: AttentionLayer) -> list[str]:
+        """`reasons`, and when there are none, what a real call of the kernel on the layer's device says."""
+        return self.reasons(layer)
 
     @abstractmethod
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -52,9 +84,10 @@ class TurboAttnProcessor(ABC):
         Returns:
             A tensor shaped like `hidden_states`; for joint layers (SD3) the pair of image and text states.
         """
-        if getattr(attn, "add_q_proj", None) is not None:
+        kind = layer_kind(attn)
+        if kind == "joint":
             return self._joint(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if attn.added_kv_proj_dim is not None:
+        if kind == "added_kv":
             return self._added_kv(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
@@ -84,7 +117,8 @@ class TurboAttnProcessor(ABC):
             context = attn.norm_encoder_hidden_states(context)
 
         query, key, value = project(attn, hidden_states, context)
-        hidden_states = leave_heads(self._attend_heads(attn, query, key, value, mask))
+        query, key = normed(query, attn.norm_q), normed(key, attn.norm_k)
+        hidden_states = leave_heads(self._attend(attn, query, key, value, mask))
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
 
         if is_image:
@@ -97,7 +131,7 @@ class TurboAttnProcessor(ABC):
     def _added_kv(
         self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
     ) -> Tensor:
-        """Attention over the context's own projections and then the layer's, the layers of UnCLIP, DeepFloyd, Kandinsky.
+        """Attention over the context's own projections and then the layer's, the layers of UnCLIP and Kandinsky.
 
         The input is channels-first, the residual is always added, and without a context the states stand in for it as
         they were before the group norm.
@@ -122,27 +156,36 @@ class TurboAttnProcessor(ABC):
                 # A mask of the context leaves the layer's own tokens visible.
                 mask = F.pad(mask, (0, hidden_states.shape[1]), value=True if mask.dtype == torch.bool else 0.0)
         query, key, value = enter_heads(attn, query, key, value)
-        hidden_states = leave_heads(self._attend_heads(attn, query, key, value, mask))
+        hidden_states = leave_heads(self._attend(attn, query, key, value, mask))
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         return hidden_states.transpose(1, 2).reshape(residual.shape) + residual
 
     def _joint(self, attn: Any, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None) -> Any:
-        """One attention over image and text tokens, each with its own projections: the layers of SD3."""
-        raise NotImplementedError
+        """One attention over image and then text tokens, each with its own projections and norms: the layers of SD3."""
+        query, key, value = project(attn, hidden_states, None)
+        query, key = normed(query, attn.norm_q), normed(key, attn.norm_k)
+        if context is not None:
+            added_query, added_key, added_value = project_added(attn, context)
+            query = torch.cat([query, normed(added_query, attn.norm_added_q)], dim=2)
+            key = torch.cat([key, normed(added_key, attn.norm_added_k)], dim=2)
+            value = torch.cat([value, added_value], dim=2)
+        joined = leave_heads(self._attend(attn, query, key, value, mask))
 
-    def _attend_heads(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if attn.norm_q is not None:
-            query = attn.norm_q(query).to(value.dtype)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key).to(value.dtype)
-        heads = query.shape[1]
+        n_image = hidden_states.shape[1]
+        hidden_states = attn.to_out[1](attn.to_out[0](joined[:, :n_image]))
+        if context is None:
+            return hidden_states
+        context = joined[:, n_image:]
+        return hidden_states, context if attn.context_pre_only else attn.to_add_out(context)
+
+    def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, n_query, _ = query.shape
         if key.shape[1] != heads:
             key = key.repeat_interleave(heads // key.shape[1], dim=1)
             value = value.repeat_interleave(heads // value.shape[1], dim=1)
-        bias = None
         if mask is not None:
-            bias = attention_bias(mask, query.shape[0], heads, query.shape[2], key.shape[2], query.dtype)
-        return self.attend(attn, query, key, value, bias).to(query.dtype)
+            mask = attention_bias(mask, batch, heads, n_query, key.shape[2], query.dtype)
+        return self.attend(attn, query, key, value, mask)
 
 
 def project(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +194,7 @@ def project(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[T
     Fused weights are copies: they are used only while the three projections are plain linear layers, so that an adapter
     wrapped around one of them (LoRA) is never bypassed.
     """
-    fused = attn.fused_projections and all(type(m) is nn.Linear for m in (attn.to_q, attn.to_k, attn.to_v))
+    fused = attn.fused_projections and are_plain(attn.to_q, attn.to_k, attn.to_v)
     if fused and context is None and not attn.is_cross_attention:
         sizes = [attn.inner_dim, attn.inner_kv_dim, attn.inner_kv_dim]
         return enter_heads(attn, *attn.to_qkv(hidden_states).split(sizes, dim=-1))
@@ -163,10 +206,28 @@ def project(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[T
     return enter_heads(attn, attn.to_q(hidden_states), key, value)
 
 
+def project_added(attn: Any, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`project` for the text tokens of a joint layer, which have projections of their own."""
+    if attn.fused_projections and are_plain(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj):
+        sizes = [attn.inner_dim, attn.inner_kv_dim, attn.inner_kv_dim]
+        return enter_heads(attn, *attn.to_added_qkv(context).split(sizes, dim=-1))
+    return enter_heads(attn, attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context))
+
+
+def are_plain(*projections: nn.Module) -> bool:
+    """Whether every projection is torch's own linear layer, with no adapter around it."""
+    return all(type(projection) is nn.Linear for projection in projections)
+
+
+def normed(states: Tensor, norm: nn.Module | None) -> Tensor:
+    """`[B, H, N, D]` through a norm over D, in the dtype they came in; a norm with fp32 weights widens it."""
+    return states if norm is None else norm(states).to(states.dtype)
+
+
 def enter_heads(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """View `[B, N, H*D]` as `[B, H, N, D]`; keys and values may have fewer heads."""
     head_dim = query.shape[-1] // attn.heads
-    query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.reshape(*x.shape[:2], -1, head_dim).transpose(1, 2) for x in (query, key, value))
     return query, key, value
 
 
@@ -175,35 +236,6 @@ def leave_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-def attention_bias(mask: Tensor, batch: int, heads: int, n_query: int, n_key: int, dtype: torch.dtype) -> Tensor:
-    """Any mask diffusers' layers accept as a bias `[B or 1, H or 1, N or 1, M]` of `dtype`.
-
-    Accepted: `[B, M]`, `[B, 1 or N, M]`, `[B*H, 1 or N, M]` (already repeated over heads) and `[B, 1 or H, 1 or N, M]`,
-    with 1 in place of B everywhere. A boolean mask keeps the True positions.
-
-    Raises:
-        InvalidOptionError: for any other shape.
-    """
-    shape = tuple(mask.shape)
-    if mask.ndim == 2:
-        mask = mask[:, None, None, :]
-    elif mask.ndim == 3 and shape[0] == batch * heads:
-        mask = mask.unflatten(0, (batch, heads))
-    elif mask.ndim == 3:
-        mask = mask[:, None]
-    allowed = ((1, batch), (1, heads), (1, n_query), (n_key,))
-    if mask.ndim != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
-        raise InvalidOptionError(
-            explain_failure(
-                "attention mask",
-                f"shape {list(shape)} for {batch} x {heads} heads, {n_query} queries, {n_key} keys",
-                "[B, M], [B, 1 or N, M], [B*H, 1 or N, M] or [B, 1 or H, 1 or N, M]",
-                "pass a mask as long as the keys",
-            )
-        )
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
-    if mask.dtype == dtype:
-        return mask
-    # A fp32 "minus everything" becomes -inf in a narrower dtype, and a row of those alone becomes NaN.
-    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+def needs_grad(*states: Tensor) -> bool:
+    """Whether autograd is recording and any of these takes part."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in states)
