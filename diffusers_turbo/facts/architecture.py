@@ -136,7 +136,7 @@ def read_attention(component: str, module: Any) -> tuple[AttentionFacts, ...]:
         projection = getattr(layer, "to_q", None) or getattr(layer, "to_qkv", None)
         if not isinstance(heads, int) or projection is None:
             continue
-        width = int(getattr(layer, "inner_dim", None) or getattr(projection, "out_features", 0))
+        width: int = getattr(layer, "inner_dim", 0) or getattr(projection, "out_features", 0)
         key = (heads, width // heads, bool(getattr(layer, "is_cross_attention", False)), _level(name, levels))
         counts[key] = counts.get(key, 0) + 1
     return tuple(

@@ -276,14 +276,13 @@ def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:
 def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -> int:
     """Return the bytes of weights on the device while components of these roles run, one after the other."""
     offload = _offload(facts, switches)
+    fused = switches.get(FusedQKV)
+    copies = _cast_bytes(fused_bytes(facts, fused), facts, switches) if isinstance(fused, FusedQKV) else 0
     if offload is None:
-        return sum(_scaled(part, part.parameter_bytes, facts, switches) for part in facts.components) + _fused_bytes(
-            facts, switches
-        )
+        return sum(_scaled(part, part.parameter_bytes, facts, switches) for part in facts.components) + copies
     working = [part for part in facts.components if part.role in roles]
     held = [_scaled(part, _onloaded_bytes(part, offload), facts, switches) for part in working]
-    extra = _fused_bytes(facts, switches) if isinstance(offload, ModelOffload) and "denoiser" in roles else 0
-    return max(held, default=0) + extra
+    return max(held, default=0) + (copies if isinstance(offload, ModelOffload) and "denoiser" in roles else 0)
 
 
 def _offload(facts: PipelineFacts, switches: Switches) -> Options | None:
@@ -304,11 +303,8 @@ def _onloaded_bytes(part: ComponentFacts, offload: Options) -> int:
     return _group_bytes(part, offload) if isinstance(offload, GroupOffload) else part.parameter_bytes
 
 
-def _fused_bytes(facts: PipelineFacts, switches: Switches) -> int:
-    """Return what fused projections add: their weights lie beside the separate ones, which undoing needs."""
-    fused = switches.get(FusedQKV)
-    if not isinstance(fused, FusedQKV):
-        return 0
+def fused_bytes(facts: PipelineFacts, fused: FusedQKV) -> int:
+    """Return what fused projections add at the weights' present dtypes: the separate ones stay, undoing needs them."""
     total = 0
     for layer in facts.attention:
         part = facts.component(layer.component)
@@ -316,8 +312,12 @@ def _fused_bytes(facts: PipelineFacts, switches: Switches) -> int:
             continue
         width = layer.heads * layer.head_dim
         values = 2 * width * (facts.shape.cross_attention_dim or width) if layer.cross else 3 * width * width
-        total += layer.count * values * _item_bytes(part, facts, switches)
+        total += layer.count * values * _stored_item_bytes(part)
     return total
+
+
+def _cast_bytes(size_bytes: int, facts: PipelineFacts, switches: Switches) -> int:
+    return _scaled(facts.denoiser_facts, size_bytes, facts, switches)
 
 
 def _group_bytes(part: ComponentFacts, group: GroupOffload) -> int:

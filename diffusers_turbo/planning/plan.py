@@ -14,6 +14,8 @@ from diffusers_turbo.planning.units import gib
 
 FORMAT_VERSION = 1
 
+_ESTIMATES = ("before", "after")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -125,15 +127,16 @@ class Plan:
             steps = tuple(Step(**item) for item in data.pop("steps"))
             rejected = tuple(Rejected(**item) for item in data.pop("rejected"))
             notes = tuple(data.pop("notes"))
-            estimates = {
-                key: MemoryEstimate.from_dict(value) for key in ("before", "after") if (value := data.pop(key))
-            }
-            plan = cls(steps=steps, rejected=rejected, notes=notes, **estimates, **data)
+            before, after = (
+                MemoryEstimate.from_dict(found) if (found := data.pop(key)) else None for key in _ESTIMATES
+            )
+            plan = cls(steps=steps, rejected=rejected, notes=notes, before=before, after=after, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _no_plan(f"{type(error).__name__}: {error}") from error
         if version != FORMAT_VERSION:
             raise _no_plan(f"format_version {version!r}")
-        if unknown := sorted({item.action for item in [*plan.steps, *plan.rejected]} - set(ACTIONS)):
+        named = {step.action for step in plan.steps} | {item.action for item in plan.rejected}
+        if unknown := sorted(named - set(ACTIONS)):
             raise _no_plan(f"the unknown actions {', '.join(unknown)}")
         return plan
 

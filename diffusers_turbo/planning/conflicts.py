@@ -1,0 +1,131 @@
+"""Which switches exclude each other, in which order the rest go, and why: data, and two functions that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from diffusers_turbo.planning.options import (
+    CompileTransformer,
+    CompileUNet,
+    CompileVAE,
+    FusedQKV,
+    GroupOffload,
+    ModelOffload,
+    Options,
+    SequentialOffload,
+    TraceUNet,
+    VAETiling,
+)
+
+SLOT_ORDER: dict[str, str] = {
+    "precision": "first: every later switch sees the weights as they will be",
+    "layout": "after precision: a cast makes new tensors, which would lose their strides",
+    "projections": "before attention: the processors ask a layer whether its projections are fused",
+    "attention": "after the weights are final, so that kernels are chosen for the dtype that runs",
+    "tf32": "a setting of the call, independent of the modules",
+    "vae_slicing": "before tiling, which then works on single pictures",
+    "vae_tiling": "before offload and compile, which see the decoder that really runs",
+    "offload": "after all that touches weights: its hooks move what is then final",
+    "compile": "last: what is compiled is the module with every other switch on it",
+    "trace": "last: a trace freezes what it sees",
+}
+"""Slot -> why it stands where it stands. The order of the keys is the order in which switches are applied."""
+
+_POSITIONS = {slot: position for position, slot in enumerate(SLOT_ORDER)}
+# one switch of these slots at a time: they put themselves in the same place
+_EXCLUSIVE_SLOTS = {
+    "attention": "a layer has one attention processor at a time",
+    "offload": "a component has one mover of its weights at a time",
+}
+
+_COMPILES = (CompileUNet, CompileTransformer, CompileVAE)
+_STREAMING = (GroupOffload, SequentialOffload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conflict:
+    """Two kinds of switches that can't be on together, when `applies` says so of the two (first, second)."""
+
+    first: tuple[type[Options], ...]
+    second: tuple[type[Options], ...]
+    reason: str
+    applies: Callable[[Options, Options], bool] = lambda first, second: True
+
+
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        first=_COMPILES,
+        second=(SequentialOffload,),
+        # diffusers 0.42: TypeError from the hooked forward when blocks are compiled
+        reason="sequential offload replaces every layer's forward, and a graph can't move weights in its middle",
+    ),
+    Conflict(
+        first=_COMPILES,
+        second=(GroupOffload,),
+        # diffusers 0.42 keeps the group hooks out of graphs by torch.compiler.disable
+        reason="group offload breaks the graph at every group, so the compiler has only fragments to work on",
+    ),
+    Conflict(
+        first=_COMPILES,
+        second=(ModelOffload,),
+        reason="model offload's hook is a graph break, which fullgraph=True refuses; leave fullgraph off",
+        applies=lambda first, second: bool(getattr(first, "fullgraph", False)),
+    ),
+    Conflict(
+        first=(CompileUNet,),
+        second=(TraceUNet,),
+        reason="compile and trace both replace the UNet's forward",
+    ),
+    Conflict(
+        first=(TraceUNet,),
+        second=_STREAMING,
+        reason="a trace holds the weights it was made with, so nothing is left to be streamed",
+    ),
+    Conflict(
+        first=(CompileVAE,),
+        second=(VAETiling,),
+        reason="tiles at the border have other sizes, and each size would be compiled anew",
+    ),
+    Conflict(
+        first=(FusedQKV,),
+        second=(ModelOffload, *_STREAMING),
+        reason="fused projections are copies of the weights, which offload would have to move as well",
+    ),
+)
+
+
+def conflicts_between(one: Options, other: Options) -> list[str]:
+    """Return why the two can't be on together; an empty list means they can. The order of the two does not matter.
+
+    >>> from diffusers_turbo.planning.options import SDPAAttention, NaiveAttention, ChannelsLast
+    >>> conflicts_between(SDPAAttention(), NaiveAttention())
+    ['a layer has one attention processor at a time']
+    >>> conflicts_between(SDPAAttention(), ChannelsLast())
+    []
+    """
+    reasons = []
+    if one.action != other.action and one.slot == other.slot and one.slot in _EXCLUSIVE_SLOTS:
+        reasons.append(_EXCLUSIVE_SLOTS[one.slot])
+    for conflict in CONFLICTS:
+        for first, second in ((one, other), (other, one)):
+            if isinstance(first, conflict.first) and isinstance(second, conflict.second):
+                if conflict.applies(first, second):
+                    reasons.append(conflict.reason)
+                break
+    return reasons
+
+
+def conflicts_with(option: Options, others: Iterable[Options]) -> list[str]:
+    """Return why the option can't join the others, each reason naming the other's method; empty means it can."""
+    return [f"{other.action}: {reason}" for other in others for reason in conflicts_between(option, other)]
+
+
+def in_order(options: Iterable[Options]) -> list[Options]:
+    """Return the switches in the order in which they are applied; within a slot they keep theirs.
+
+    >>> from diffusers_turbo.planning.options import CompileUNet, HalfPrecision
+    >>> [option.slot for option in in_order([CompileUNet(), HalfPrecision()])]
+    ['precision', 'compile']
+    """
+    return sorted(options, key=lambda option: _POSITIONS[option.slot])

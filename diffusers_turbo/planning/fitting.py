@@ -1,0 +1,210 @@
+"""Verdicts on the switches that are about memory: VAE slicing, attention slicing, offload, VAE tiling.
+
+They form a ladder of rungs from nothing at all to the thriftiest; the planner takes the first rung whose estimate
+fits. Exact rungs come first: tiles are only tried when no exact rung fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers_turbo.planning import gains
+from diffusers_turbo.planning.options import (
+    GroupOffload,
+    ModelOffload,
+    Options,
+    SequentialOffload,
+    SlicedAttention,
+    VAESlicing,
+    VAETiling,
+)
+from diffusers_turbo.planning.request import Situation, Verdict, leave, take
+from diffusers_turbo.planning.units import gib
+
+TILE_SIZES = (512, 256)
+"""Sides of tiles in pixels, the larger first: fewer borders. 256 is the smallest at which the KL autoencoder's group
+norms still see a picture's worth of context; stock tiling uses the model's own 512 or 1024."""
+
+_SLICE_ATTENTION = SlicedAttention(slice_size="max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One combination of memory switches; a lean one also does without copies of weights for speed."""
+
+    options: tuple[Options, ...] = ()
+    lean: bool = True
+
+    def has(self, kind: type[Options]) -> bool:
+        """Whether the rung has a switch of this kind."""
+        return any(isinstance(option, kind) for option in self.options)
+
+    @property
+    def name(self) -> str:
+        """The rung's switches by their methods' names."""
+        return " + ".join(option.action for option in self.options) or "doing without copies of weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimated:
+    """A rung with what it is estimated to need, margin included."""
+
+    rung: Rung
+    needed_bytes: int
+
+
+def make_ladder(situation: Situation, *, attention_holds_scores: bool) -> list[Rung]:
+    """Return the rungs for this pipeline, device and request, the least intrusive first."""
+    slicing = _slicing_options(situation)
+    scores = (_SLICE_ATTENTION,) if attention_holds_scores and _can_slice_attention(situation) else ()
+    offloads = _offload_options(situation)
+    exact: list[tuple[Options, ...]] = [()]
+    for extra in (slicing, scores):
+        if extra:
+            exact.append(exact[-1] + extra)
+    thrifty = exact[-1]
+    exact.extend((*thrifty, offload) for offload in offloads)
+    ladder = [Rung(lean=False), *(Rung(options=options) for options in exact)]
+    if not situation.request.exact:
+        for tile_size in _tile_sizes(situation):
+            tiled = (*thrifty, VAETiling(tile_size=tile_size))
+            ladder.append(Rung(options=tiled))
+            ladder.extend(Rung(options=(*tiled, offload)) for offload in offloads)
+    return ladder
+
+
+def _slicing_options(situation: Situation) -> tuple[Options, ...]:
+    vae = situation.pipeline.vae
+    usable = vae is not None and vae.can_slice and not vae.slicing and situation.request.batch_size > 1
+    return (VAESlicing(),) if usable else ()
+
+
+def _can_slice_attention(situation: Situation) -> bool:
+    return situation.pipeline.shape.kind == "unet" and not situation.pipeline.ip_adapter
+
+
+def _tile_sizes(situation: Situation) -> tuple[int, ...]:
+    vae = situation.pipeline.vae
+    if vae is None or not vae.can_tile or vae.tiling:
+        return ()
+    return tuple(size for size in TILE_SIZES if size < max(situation.height, situation.width))
+
+
+def _offload_options(situation: Situation) -> tuple[Options, ...]:
+    if offload_trouble(situation):
+        return ()
+    streaming = situation.device.device_type == "cuda"
+    group = GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming)
+    return (ModelOffload(), group, SequentialOffload())
+
+
+def offload_trouble(situation: Situation) -> str | None:
+    """Say why no offload can be used at all, None where it can."""
+    facts, device = situation.pipeline, situation.device
+    if device.device_type in ("cpu", "mps"):
+        return f"{device.name} computes in the memory that offload would move weights to."
+    if facts.hooks:
+        return f"The pipeline is offloaded already ({', '.join(facts.hooks)})."
+    if facts.refusals:
+        return f"{'; '.join(facts.refusals)}, so its weights can't be moved freely."
+    if device.host_ram_bytes and facts.parameter_bytes > device.host_ram_bytes:
+        return f"The weights ({gib(facts.parameter_bytes)}) exceed free host memory ({gib(device.host_ram_bytes)})."
+    return None
+
+
+def judge_memory(situation: Situation, tried: Sequence[Estimated], chosen: Estimated) -> list[Verdict]:
+    """Return a verdict on each memory switch, given every rung's estimate and the one that was chosen."""
+    usable = situation.usable_bytes
+    plain = tried[0].needed_bytes
+    if usable is None:
+        need = "free memory is unknown here, so no memory switch is taken; name a vram_budget to have one"
+        return [leave(option, f"{need[0].upper()}{need[1:]}.") for option in _all_kinds(situation)]
+    verdicts = []
+    for option in _all_kinds(situation):
+        taken = next((item for item in chosen.rung.options if type(item) is type(option)), None)
+        if taken is not None:
+            verdicts.append(take(taken, _why_taken(taken, situation, tried, chosen, usable)))
+        elif trouble := _trouble(option, situation):
+            verdicts.append(leave(option, trouble))
+        elif isinstance(option, SlicedAttention) and not any(item.rung.has(SlicedAttention) for item in tried):
+            verdicts.append(leave(option, "Attention holds no score matrix here, so slicing would only slow it down."))
+        elif plain <= usable:
+            verdicts.append(leave(option, f"Not needed: the peak with margin is {gib(plain)} of {gib(usable)} usable."))
+        else:
+            verdicts.append(leave(option, _why_left(option, tried, chosen, usable)))
+    return verdicts
+
+
+def _all_kinds(situation: Situation) -> list[Options]:
+    sizes = _tile_sizes(situation)
+    streaming = situation.device.device_type == "cuda"
+    return [
+        _SLICE_ATTENTION,
+        VAESlicing(),
+        VAETiling(tile_size=sizes[0] if sizes else None),
+        ModelOffload(),
+        GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming),
+        SequentialOffload(),
+    ]
+
+
+def _trouble(option: Options, situation: Situation) -> str | None:
+    """Say why a switch is out of the question whatever the memory, None where it is not."""
+    facts, vae = situation.pipeline, situation.pipeline.vae
+    if isinstance(option, (ModelOffload, GroupOffload, SequentialOffload)):
+        return offload_trouble(situation)
+    if isinstance(option, SlicedAttention):
+        if facts.shape.kind != "unet":
+            return "It has no effect on a transformer's processors."
+        return "It would replace IP-Adapter's processors." if facts.ip_adapter else None
+    if vae is None:
+        return f"{facts.class_name} has no VAE."
+    if isinstance(option, VAESlicing):
+        if vae.slicing:
+            return "It is on already."
+        if not vae.can_slice:
+            return f"{vae.class_name} can't decode in slices."
+        return "A batch of one picture has nothing to slice." if situation.request.batch_size == 1 else None
+    if vae.tiling:
+        return "It is on already."
+    if not vae.can_tile:
+        return f"{vae.class_name} can't decode in tiles."
+    if not _tile_sizes(situation):
+        return f"A picture of {situation.width}x{situation.height} fits into one tile."
+    return None
+
+
+def _why_taken(
+    option: Options, situation: Situation, tried: Sequence[Estimated], chosen: Estimated, usable: int
+) -> str:
+    before = _cheapest_without(option, tried, chosen)
+    numbers = f"needs {gib(before)} without it and {gib(chosen.needed_bytes)} with this plan, {gib(usable)} are usable"
+    if isinstance(option, VAETiling):
+        return f"No exact plan fits: it {numbers}. LOSSY: {VAETiling.lossy_reason}."
+    if isinstance(option, VAESlicing):
+        return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
+    if isinstance(option, SlicedAttention):
+        return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
+    seconds = f"{gains.OFFLOAD_SECONDS['none']} to {gains.OFFLOAD_SECONDS[option.action]} s"
+    return f"The pipeline {numbers}. It costs time ({seconds} for 3 steps of SD1.5 at 512x512 on an H100)."
+
+
+def _cheapest_without(option: Options, tried: Sequence[Estimated], chosen: Estimated) -> int:
+    """Return what the plan would need at most just below the rung that brings this switch in."""
+    position = tried.index(chosen)
+    earlier = [item.needed_bytes for item in tried[:position] if not item.rung.has(type(option))]
+    return min(earlier, default=tried[0].needed_bytes)
+
+
+def _why_left(option: Options, tried: Sequence[Estimated], chosen: Estimated, usable: int) -> str:
+    position = tried.index(chosen)
+    with_it = [item for item in tried if item.rung.has(type(option))]
+    if not with_it:
+        return f"exact=True forbids it: {option.lossy_reason}."
+    before = [item for item in tried[:position] if item in with_it]
+    if before:
+        needs = gib(min(item.needed_bytes for item in before))
+        return f"It is not enough: {needs} with margin of {gib(usable)} usable."
+    fits = "fits" if chosen.needed_bytes <= usable else "is the thriftiest there is"
+    return f"Not needed: {chosen.rung.name} {fits} with {gib(chosen.needed_bytes)} of {gib(usable)} usable."

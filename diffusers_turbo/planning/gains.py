@@ -1,0 +1,101 @@
+"""Measured figures that decisions rest on, each with its source. Data only.
+
+Unless a row says otherwise: one H100 80GB, torch 2.11.0+cu130, diffusers 0.42.1, float16, batch 1, guidance 7.5,
+full-size architectures with random weights; raw data in docs/benchmarks/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_H100 = "H100, torch 2.11, diffusers 0.42.1 (docs/benchmarks/)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileGain:
+    """What torch.compile(default) of denoiser and VAE gains and costs for one family.
+
+    `plain_ms` and `compiled_ms` are whole pictures, `first_image_s` the time to the first picture when compiling.
+    """
+
+    plain_ms: float
+    compiled_ms: float
+    first_image_s: float
+    setting: str
+    source: str
+
+    @property
+    def break_even_images(self) -> int:
+        """How many pictures pay back the compile time.
+
+        >>> COMPILE_GAINS["sd15"].break_even_images
+        174
+        """
+        saved_s = (self.plain_ms - self.compiled_ms) / 1000
+        return int(self.first_image_s / saved_s) + 1
+
+
+COMPILE_GAINS: dict[str, CompileGain] = {
+    # the faster of two days' plain times (1855 and 2791 ms), so that the gain is not overstated
+    "sd15": CompileGain(
+        plain_ms=1855, compiled_ms=1225, first_image_s=109, setting="SD1.5, 512x512, 50 steps", source=_H100
+    ),
+    # only parts were measured: a step went from 43.2 to 33 ms (30 of them) and the fp16 decode from 143 to 39.5 ms
+    "sdxl": CompileGain(
+        plain_ms=2180,
+        compiled_ms=2180 - 30 * (43.2 - 33) - (143 - 39.5),
+        first_image_s=164,
+        setting="SDXL, 1024x1024, 30 steps",
+        source=_H100,
+    ),
+}
+# the same network as SD1.5 but for the text's width
+COMPILE_GAINS["sd21"] = COMPILE_GAINS["sd15"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutGain:
+    """What channels-last does to one UNet step: `plain_ms` and `eager_ms`, and `compiled_ms` where it is compiled."""
+
+    plain_ms: float
+    eager_ms: float
+    compiled_ms: float
+    setting: str
+    source: str
+
+
+LAYOUT_GAINS: dict[str, LayoutGain] = {
+    "sd15": LayoutGain(
+        plain_ms=12.3, eager_ms=10.8, compiled_ms=6.6, setting="SD1.5 step at 512x512 as a CUDA graph", source=_H100
+    ),
+    "sdxl": LayoutGain(
+        plain_ms=43.2, eager_ms=46, compiled_ms=33, setting="SDXL step at 1024x1024 as a CUDA graph", source=_H100
+    ),
+}
+LAYOUT_GAINS["sd21"] = LAYOUT_GAINS["sd15"]
+
+CPU_LAYOUT: LayoutGain | None = None
+"""Channels-last on a CPU: not measured yet, so no plan takes it."""
+
+NAIVE_STEP_MS, SDPA_STEP_MS = 18.95, 12.3
+"""One SD1.5 step at 512x512 as a CUDA graph with naive attention and with SDPA. Source: H100, as above."""
+
+SPLIT_PROJECTIONS_MS, FUSED_PROJECTIONS_MS = 2792, 2715
+"""SD1.5 512x512, 50 steps, eager, without and with fused QKV. Source: H100, as above."""
+
+FUSED_FAMILIES = ("sd15", "sd21")
+"""Families for which fused QKV was measured, SD2.1 being SD1.5's network with another text width."""
+
+FP32_NAIVE_MS, FP16_NAIVE_MS = 3963, 2821
+"""SD1.5 512x512, 50 steps, naive attention. Source: H100, as above."""
+
+OFFLOAD_SECONDS: dict[str, float] = {
+    "none": 0.17,
+    "enable_model_cpu_offload": 0.94,
+    "enable_group_offload": 0.71,
+    "enable_sequential_cpu_offload": 2.04,
+}
+"""SD1.5 512x512, 3 steps and decode, by offload (group: leaf level with a stream). Source: H100, as above."""
+
+TILING_SECONDS = (1.4, 2.0)
+"""SD1.5 2048x2048, 3 steps and decode, without and with VAE tiling. Source: H100, as above."""

@@ -1,0 +1,230 @@
+"""Facts and a request in, a plan out. The story: settle the size, climb the memory ladder, explain every switch.
+
+situation = settle(facts, device, request)
+for each rung of the memory ladder, the least intrusive first:
+    the switches for speed that go with it, and the estimate of both
+the first rung that fits wins; if none does, the thriftiest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusers_turbo.errors import NotSupportedError, explain_failure
+from diffusers_turbo.planning.conflicts import in_order
+from diffusers_turbo.planning.fitting import Estimated, Rung, judge_memory, make_ladder
+from diffusers_turbo.planning.memory import MemoryEstimate, estimate_memory, holds_scores
+from diffusers_turbo.planning.options import Options, SDPAAttention, SlicedAttention, XFormersAttention
+from diffusers_turbo.planning.plan import Plan, Rejected, Step
+from diffusers_turbo.planning.request import Request, Situation, Verdict, settle
+from diffusers_turbo.planning.speed import (
+    judge_attention,
+    judge_compile,
+    judge_layout,
+    judge_precision,
+    judge_projections,
+    judge_tf32,
+    judge_trace,
+    running_dtype,
+    sm_text,
+)
+from diffusers_turbo.planning.units import gib
+
+if TYPE_CHECKING:
+    from diffusers_turbo.facts.device import DeviceFacts
+    from diffusers_turbo.facts.pipeline import PipelineFacts
+
+
+def plan(
+    pipe: Any,
+    facts: DeviceFacts,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    images: int | None = None,
+    vram_budget: int | str | None = None,
+    dtype: str = "keep",
+    exact: bool = False,
+) -> Plan:
+    """Decide what to switch on for this pipeline on this device. Nothing is switched on and nothing is computed.
+
+    Args:
+        pipe: a diffusers pipeline, or its `PipelineFacts`.
+        facts: the device's facts, from `probe()` or `DeviceFacts.card("RTX 3060")`.
+        height, width: pixels; by default the model's own.
+        batch_size: pictures per call.
+        images: how many pictures will be made in all; decides whether compiling pays.
+        vram_budget: bytes, or text such as "6GB"; by default what is free.
+        dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change is lossy.
+        exact: allow exact switches only.
+
+    Raises:
+        NotSupportedError: no pipeline, one without a denoiser, or a torch that has no kernels for the card.
+        InvalidOptionError: an argument is outside what is accepted.
+    """
+    from diffusers_turbo.facts.pipeline import PipelineFacts, read_pipeline
+
+    request = Request(
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        images=images,
+        vram_budget=vram_budget,
+        dtype=dtype,
+        exact=exact,
+    )
+    return make_plan(pipe if isinstance(pipe, PipelineFacts) else read_pipeline(pipe), facts, request)
+
+
+def make_plan(pipeline_facts: PipelineFacts, device_facts: DeviceFacts, request: Request) -> Plan:
+    """Decide from facts alone; see `plan`. Every action appears once, among the steps or among the rejected.
+
+    Raises:
+        NotSupportedError: torch can't use the device.
+        InvalidOptionError: the size is no multiple of what the model needs.
+    """
+    if refusal := device_facts.refusals.get("torch"):
+        raise NotSupportedError(
+            explain_failure(
+                f"plan() for {device_facts.name}",
+                refusal,
+                "a torch build with kernels for this device",
+                "install the torch build that its notes name for this card, or plan for the CPU with probe('cpu')",
+            )
+        )
+    situation = settle(pipeline_facts, device_facts, request)
+    drafts = [_draft(situation, rung) for rung in _ladder(situation)]
+    usable = situation.usable_bytes
+    chosen = drafts[0]
+    if usable is not None:
+        thriftiest = min(drafts, key=lambda draft: draft.estimate.needed_bytes)
+        chosen = next((draft for draft in drafts if draft.estimate.needed_bytes <= usable), thriftiest)
+    tried = [draft.summary for draft in drafts]
+    verdicts = [*chosen.verdicts, *judge_memory(situation, tried, tried[drafts.index(chosen)])]
+    return Plan(
+        steps=_steps(verdicts),
+        rejected=_rejected(verdicts),
+        request={**asdict(request), "height": situation.height, "width": situation.width},
+        facts=_summary(situation),
+        before=estimate_memory(pipeline_facts, situation.height, situation.width, request.batch_size),
+        after=chosen.estimate,
+        budget_bytes=usable,
+        notes=_notes(situation, chosen.estimate),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """A rung of the ladder with the switches for speed that go with it."""
+
+    rung: Rung
+    verdicts: tuple[Verdict, ...]
+    estimate: MemoryEstimate
+
+    @property
+    def summary(self) -> Estimated:
+        return Estimated(rung=self.rung, needed_bytes=self.estimate.needed_bytes)
+
+
+def _ladder(situation: Situation) -> list[Rung]:
+    dtype = running_dtype(situation, judge_precision(situation))
+    attention = [verdict.options for verdict in judge_attention(situation, dtype) if verdict.taken]
+    holds = any(
+        option == SDPAAttention(backend="math") for option in _attention_for_estimate(situation, dtype, attention)
+    )
+    return make_ladder(situation, attention_holds_scores=holds)
+
+
+def _draft(situation: Situation, rung: Rung) -> _Draft:
+    precision = judge_precision(situation)
+    dtype = running_dtype(situation, precision)
+    attention = judge_attention(situation, dtype)
+    if rung.has(SlicedAttention):
+        # one processor a layer: the slices take the place of whatever attention was chosen
+        attention = [
+            Verdict(options=item.options, taken=False, reason="Attention in slices takes its place, for memory.")
+            if item.taken
+            else item
+            for item in attention
+        ]
+    projections = judge_projections(situation, rung.options, lean=rung.lean)
+    compiles = judge_compile(situation, rung.options)
+    compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")
+    layout = judge_layout(situation, dtype, compiled)
+    verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
+    verdicts.append(judge_trace(situation))
+    taken = [item.options for item in verdicts if item.taken]
+    assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
+    estimate = estimate_memory(
+        situation.pipeline,
+        situation.height,
+        situation.width,
+        situation.request.batch_size,
+        [*(option for option in taken if option.slot != "attention"), *rung.options, *assumed],
+    )
+    return _Draft(rung=rung, verdicts=tuple(verdicts), estimate=estimate)
+
+
+def _attention_for_estimate(situation: Situation, dtype: str, taken: Sequence[Options]) -> list[Options]:
+    """Return the attention the estimate has to assume: SDPA without a fused kernel holds the scores as naive does."""
+    if any(isinstance(option, (SlicedAttention, XFormersAttention)) for option in taken):
+        return [option for option in taken if isinstance(option, XFormersAttention)]
+    names_sdpa = any(isinstance(option, SDPAAttention) for option in taken)
+    if not names_sdpa and holds_scores(situation.pipeline.processors):
+        return [SDPAAttention(backend="math")]
+    return [SDPAAttention(backend="auto" if situation.device.fused_sdpa(dtype) else "math")]
+
+
+def _steps(verdicts: Sequence[Verdict]) -> tuple[Step, ...]:
+    reasons = {id(verdict.options): verdict.reason for verdict in verdicts}
+    taken = in_order(verdict.options for verdict in verdicts if verdict.taken)
+    return tuple(
+        Step(action=item.action, options=_plain(item), reason=reasons[id(item)], exact=item.exact) for item in taken
+    )
+
+
+def _rejected(verdicts: Sequence[Verdict]) -> tuple[Rejected, ...]:
+    reasons = {id(verdict.options): verdict.reason for verdict in verdicts}
+    left = in_order(verdict.options for verdict in verdicts if not verdict.taken)
+    return tuple(
+        Rejected(action=item.action, options=_plain(item), reason=reasons[id(item)], exact=item.exact) for item in left
+    )
+
+
+def _plain(option: Options) -> dict[str, Any]:
+    # lists, not tuples: what JSON gives back must be equal
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in option.as_dict().items()}
+
+
+def _summary(situation: Situation) -> dict[str, Any]:
+    facts, device = situation.pipeline, situation.device
+    return {
+        "pipeline": f"{facts.class_name} ({facts.family}, {facts.denoiser_facts.dtype})",
+        "device": sm_text(device),
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+        "parameter_bytes": facts.parameter_bytes,
+        "assumed": device.assumed,
+    }
+
+
+def _notes(situation: Situation, estimate: MemoryEstimate) -> tuple[str, ...]:
+    facts, usable = situation.pipeline, situation.usable_bytes
+    notes = list(situation.device.notes)
+    if usable is not None and estimate.needed_bytes > usable:
+        notes.append(
+            f"nothing known fits: the {estimate.peak.stage} stage needs {gib(estimate.needed_bytes)} with margin, "
+            f"{gib(usable)} are usable; a smaller size or batch would help"
+            + (", or exact=False, which allows VAE tiling" if situation.request.exact else "")
+        )
+    if facts.vae is not None and facts.vae.force_upcast and estimate.peak.stage == "decode":
+        notes.append("this VAE decodes in float32 (force_upcast), which makes the decode the peak")
+    dtype = facts.denoiser_facts.dtype
+    if trouble := situation.device.refusals.get({"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "")):
+        notes.append(f"the weights are {dtype}, but {trouble}: load the pipeline in another dtype")
+    if facts.refusals:
+        notes.append(f"left as they are: {'; '.join(facts.refusals)}")
+    return tuple(notes)

@@ -1,0 +1,126 @@
+"""What the caller wants, checked; and the situation a plan is made for: facts and request together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diffusers_turbo.errors import InvalidOptionError, explain_failure
+from diffusers_turbo.planning.options import Options, dtype_name
+from diffusers_turbo.planning.units import parse_bytes
+
+if TYPE_CHECKING:
+    from diffusers_turbo.facts.device import DeviceFacts
+    from diffusers_turbo.facts.pipeline import PipelineFacts
+
+DTYPES = ("keep", "auto", "float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the pictures will be, and what the plan may use.
+
+    Attributes:
+        height, width: pixels; None takes the model's own.
+        batch_size: pictures per call.
+        images: how many pictures will be made in all, None when unknown: decides whether compiling pays.
+        vram_budget: bytes, or text such as "6GB", that the plan may use at most; None is what is free.
+        dtype: "keep", "auto", "float16", "bfloat16" or "float32".
+        exact: whether switches that change the picture beyond rounding are forbidden.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 1
+    images: int | None = None
+    vram_budget: int | str | None = None
+    dtype: str = "keep"
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget, name="vram_budget"))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.dtype not in DTYPES:
+            raise _refuse("dtype", self.dtype, f"one of {', '.join(DTYPES)}", 'use "keep" or "auto"')
+        for name in ("height", "width", "batch_size", "images"):
+            value = getattr(self, name)
+            if value is None and name != "batch_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise _refuse(name, value, "a positive integer", f"give {name} as a positive number")
+        if not isinstance(self.exact, bool):
+            raise _refuse("exact", self.exact, "True or False", "give True or False for exact")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes, None when there is none."""
+        return parse_bytes(self.vram_budget, name="vram_budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """Facts and request, with the size settled."""
+
+    pipeline: PipelineFacts
+    device: DeviceFacts
+    request: Request
+    height: int
+    width: int
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What the plan may fill: free memory and what the pipeline itself holds there, within the budget.
+
+        None when neither is known.
+        """
+        own = sum(
+            part.parameter_bytes
+            for part in self.pipeline.components
+            if any(place.partition(":")[0] == self.device.device_type for place in part.devices)
+        )
+        free = self.device.free_bytes + own if self.device.free_bytes else None
+        limits = [limit for limit in (free, self.request.budget_bytes) if limit is not None]
+        return min(limits, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One switch, taken or left off, and one sentence why."""
+
+    options: Options
+    taken: bool
+    reason: str
+
+
+def take(options: Options, reason: str) -> Verdict:
+    """Return the verdict to switch it on."""
+    return Verdict(options=options, taken=True, reason=reason)
+
+
+def leave(options: Options, reason: str) -> Verdict:
+    """Return the verdict to leave it off."""
+    return Verdict(options=options, taken=False, reason=reason)
+
+
+def settle(pipeline: PipelineFacts, device: DeviceFacts, request: Request) -> Situation:
+    """Put facts and request together and check the size against the model.
+
+    Raises:
+        InvalidOptionError: height or width is no multiple of what the model needs.
+    """
+    height = request.height or pipeline.default_height
+    width = request.width or pipeline.default_width
+    for name, value in (("height", height), ("width", width)):
+        if value % pipeline.size_multiple:
+            below = max(1, value // pipeline.size_multiple) * pipeline.size_multiple
+            raise _refuse(
+                name,
+                value,
+                f"a multiple of {pipeline.size_multiple} for {pipeline.class_name}",
+                f"use {name}={below} or {name}={below + pipeline.size_multiple}",
+            )
+    return Situation(pipeline=pipeline, device=device, request=request, height=height, width=width)
+
+
+def _refuse(name: str, value: object, needed: str, do: str) -> InvalidOptionError:
+    return InvalidOptionError(explain_failure(f"plan({name}={value!r})", f"{name} = {value!r}", needed, do))
