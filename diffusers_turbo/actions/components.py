@@ -1,0 +1,67 @@
+"""Which modules of a pipeline an action is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NotSupportedError, explain_failure
+from ..facts.components import read_component
+from ..facts.pipeline import DENOISERS
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the pipeline's neural components by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def denoiser_of(pipe: Any, tried: str) -> tuple[str, nn.Module]:
+    """Return name and module of the pipeline's denoiser.
+
+    Raises:
+        NotSupportedError: the pipeline has none.
+    """
+    modules = modules_of(pipe)
+    name = next((name for name in DENOISERS if name in modules), None)
+    if name is None:
+        found, needed = f"{type(pipe).__name__} without a denoiser", f"one of {', '.join(DENOISERS)}"
+        raise NotSupportedError(explain_failure(tried, found, needed, "use a pipeline that has one"))
+    return name, modules[name]
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device the pipeline works on, wherever offloaded weights wait."""
+    return torch.device(pipe._execution_device)
+
+
+def component(pipe: Any, name: str, tried: str) -> nn.Module:
+    """Return the component `name`.
+
+    Raises:
+        NotSupportedError: the pipeline has no such component.
+    """
+    module = getattr(pipe, name, None)
+    if isinstance(module, nn.Module):
+        return module
+    raise NotSupportedError(
+        explain_failure(
+            tried,
+            f"no `{name}` in {type(pipe).__name__} (it has {', '.join(sorted(modules_of(pipe)))})",
+            f"a pipeline with a `{name}`",
+            "leave this switch off for this pipeline",
+        )
+    )
+
+
+def require_plain_weights(pipe: Any, tried: str) -> None:
+    """Refuse pipelines whose weights another system holds: quantised, GGUF, or spread by a device map.
+
+    Raises:
+        NotSupportedError: with the component and the reason.
+    """
+    for name, module in modules_of(pipe).items():
+        if reason := read_component(name, "", module).refusal:
+            needed, do = "plain weights on one device", "leave this switch off, or load the component without"
+            raise NotSupportedError(explain_failure(tried, reason, needed, do))

@@ -1,0 +1,198 @@
+"""The ledger of one pipeline: which levers are on, one stack for each slot, and how to take any of them off.
+
+Every slot (attention, layout, precision ...) is a stack over the pipeline as it was found. Only the top of a stack is
+applied, always directly over the original; switching another lever on first takes the old top off. So `disable_x` removes
+x wherever it stands: a buried lever is just forgotten, and when the top goes, the lever below it is applied again.
+
+Some levers wrap what others change: offload hooks hold the weights, a trace bakes them in. Such slots are taken off while
+a slot below them changes and put back afterwards, so the result never depends on the order of the calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ActionFailedError, TurboError, explain_failure
+from ..planning.options import Options
+from .undo import LEDGER_ATTRIBUTE, Journal
+
+logger = logging.getLogger("diffusers_turbo")
+
+Apply = Callable[[Any, Any], Journal]
+
+WRAPPED_BY: dict[str, tuple[str, ...]] = {
+    "precision": ("offload", "trace"),
+    "layout": ("offload", "trace"),
+    "projections": ("offload", "trace"),
+    "attention": ("trace",),
+    "offload": ("trace",),
+}
+"""Slots that are taken off while the slot on the left changes, outermost last."""
+
+
+@dataclass
+class Lever:
+    """One switched-on action: its options, how to apply it, and its journal while it is in force."""
+
+    options: Options
+    journal: Journal | None = None
+
+    @property
+    def action(self) -> str:
+        """Name of the pipeline method that switched this on."""
+        return self.options.action
+
+
+@dataclass
+class Ledger:
+    """All levers of one pipeline, by slot, the one in force last."""
+
+    slots: dict[str, list[Lever]] = field(default_factory=dict)
+    left_alone: list[str] = field(default_factory=list)
+    plan: Any = None
+
+    def top(self, slot: str) -> Lever | None:
+        """Return the lever in force in `slot`."""
+        stack = self.slots.get(slot)
+        return stack[-1] if stack else None
+
+    def find(self, action: str) -> Lever | None:
+        """Return the lever that `action` switched on, in force or buried."""
+        return next((lever for lever in self.levers() if lever.action == action), None)
+
+    def levers(self) -> Iterator[Lever]:
+        """Iterate over every lever, slot by slot, the buried ones first."""
+        for stack in self.slots.values():
+            yield from stack
+
+    def in_force(self) -> Iterator[Lever]:
+        """Iterate over the levers that are applied now."""
+        return (stack[-1] for stack in self.slots.values() if stack)
+
+    def enable(self, pipe: Any, options: Options, *, below: bool = False) -> Lever:
+        """Put the lever of `options` on top of its slot (or at the bottom) and apply it if it is the top.
+
+        The same action with the same options is left as it is; with other options it replaces its earlier self.
+
+        Raises:
+            TurboError: it cannot be applied; the pipeline is then as it was before the call.
+        """
+        slot = stack_name(options)
+        stack = self.slots.get(slot, [])
+        found = next((lever for lever in stack if lever.options == options), None)
+        if found is not None and (below or found is stack[-1]):
+            return found
+        lever, others = Lever(options), [other for other in stack if other.action != options.action]
+        self.rearrange(pipe, slot, [lever, *others] if below else [*others, lever])
+        return lever
+
+    def disable(self, pipe: Any, action: str) -> bool:
+        """Remove what `action` switched on, wherever it stands; return False when it was not on."""
+        holding = [slot for slot, stack in self.slots.items() if any(lever.action == action for lever in stack)]
+        for slot in sorted(holding, key=_depth, reverse=True):
+            self.rearrange(pipe, slot, [other for other in self.slots[slot] if other.action != action])
+        if not holding:
+            logger.info("%s was not on: nothing to switch off", action)
+        return bool(holding)
+
+    def undo(self, pipe: Any) -> list[str]:
+        """Switch everything off, outermost slot first, and return what was left alone."""
+        self.left_alone.clear()
+        for slot in sorted(self.slots, key=_depth, reverse=True):
+            self.rearrange(pipe, slot, [])
+        self.plan = None
+        return list(self.left_alone)
+
+    def rearrange(self, pipe: Any, slot: str, wanted: list[Lever]) -> None:
+        """Make `wanted` the stack of `slot`; on any failure what was in force is in force again and the error goes on."""
+        before = self.slots.get(slot, [])
+        old, new = (before[-1] if before else None), (wanted[-1] if wanted else None)
+        if old is not new:
+            wrappers = [lever for name in WRAPPED_BY.get(slot, ()) if (lever := self.top(name)) is not None]
+            try:
+                self._take_off(old, *wrappers)
+                self._put_on(pipe, new, *wrappers)
+            except Exception as error:
+                self._take_off(new, *wrappers)
+                self._put_on(pipe, old, *wrappers)
+                if isinstance(error, TurboError) or new is None:
+                    raise
+                needed = "the action to run to its end (everything it had changed is undone)"
+                found = f"{type(error).__name__}: {error}"
+                raise ActionFailedError(
+                    explain_failure(f"{new.action}()", found, needed, "see the error above this one")
+                ) from error
+        if wanted:
+            self.slots[slot] = wanted
+        else:
+            self.slots.pop(slot, None)
+
+    def _put_on(self, pipe: Any, *levers: Lever | None) -> None:
+        """Apply these levers in order, leaving out those that are on."""
+        from .apply import apply_options
+
+        for lever in levers:
+            if lever is not None and lever.journal is None:
+                lever.journal = apply_options(pipe, lever.options)
+
+    def _take_off(self, *levers: Lever | None) -> None:
+        """Revert these levers, last first, leaving out those that are off."""
+        for lever in reversed(levers):
+            if lever is None or lever.journal is None:
+                continue
+            journal, lever.journal = lever.journal, None
+            for sentence in journal.revert():
+                self.left_alone.append(sentence)
+                logger.warning("%s: left alone: %s", lever.action, sentence)
+
+    @contextmanager
+    def around_call(self, pipe: Any) -> Iterator[None]:
+        """Hold every call scope of the levers in force while the block, one call of the pipeline, runs."""
+        with ExitStack() as scopes:
+            for lever in self.in_force():
+                for scope in lever.journal.scopes if lever.journal else ():
+                    scopes.enter_context(scope.around_call(pipe))
+            yield
+
+    def after_copy(self, pipe: Any) -> None:
+        """Let changes that a copied module does not carry (compiled calls) be made again on the copy."""
+        for lever in self.in_force():
+            for change in lever.journal.changes if lever.journal else ():
+                if hasattr(change, "after_copy"):
+                    change.after_copy()
+
+
+def _depth(slot: str) -> int:
+    """How many other slots this one can wrap: the higher, the earlier it must go."""
+    return sum(slot in wrappers for wrappers in WRAPPED_BY.values())
+
+
+def stack_name(options: Options) -> str:
+    """Return the stack an action belongs to: its slot, and for compilation one stack for each component."""
+    return options.action if options.slot == "compile" else options.slot
+
+
+def ledger_of(pipe: Any) -> Ledger | None:
+    """Return the pipeline's ledger, or None while nothing is switched on."""
+    ledger = vars(pipe).get(LEDGER_ATTRIBUTE)
+    return ledger if isinstance(ledger, Ledger) else None
+
+
+def open_ledger(pipe: Any) -> Ledger:
+    """Return the pipeline's ledger, attaching an empty one when there is none."""
+    ledger = ledger_of(pipe)
+    if ledger is None:
+        ledger = Ledger()
+        object.__setattr__(pipe, LEDGER_ATTRIBUTE, ledger)
+    return ledger
+
+
+def close_ledger(pipe: Any, *, forget: bool = False) -> None:
+    """Remove the ledger from the pipeline once it holds nothing any more; with `forget`, whatever it holds."""
+    ledger = ledger_of(pipe)
+    if ledger is not None and (forget or not (ledger.slots or ledger.plan or ledger.left_alone)):
+        object.__delattr__(pipe, LEDGER_ATTRIBUTE)

@@ -1,0 +1,85 @@
+"""Fused QKV: the projections of attention as one matrix product a layer.
+
+The fused weights are copies. They are filled anew when a call begins, so that a LoRA fused into the weights meanwhile is never
+bypassed, and the processors leave them aside while an adapter wraps one of the projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NotSupportedError, explain_failure
+from ..planning.options import FusedQKV
+from ..attention import attention_layers
+from .components import denoiser_of, modules_of, require_plain_weights
+from .undo import Journal, journaling
+
+FUSED_NAMES = ("to_qkv", "to_kv", "to_added_qkv", "fused_projections")
+"""What diffusers' `Attention.fuse_projections()` sets on a layer."""
+
+
+@dataclass
+class RefillFused:
+    """Call scope: copy the projections into the fused weights before the call."""
+
+    layers: list[Any]
+
+    @contextmanager
+    def around_call(self, pipe: Any) -> Iterator[None]:
+        """Refill, then run the call."""
+        for attn in self.layers:
+            _refill(attn)
+        yield
+
+
+def apply(pipe: Any, options: FusedQKV) -> Journal:
+    """Exact: project queries, keys and values (for cross-attention keys and values) by one product a layer."""
+    tried = "fuse_qkv_projections()"
+    require_plain_weights(pipe, tried)
+    roots: dict[str, nn.Module] = {}
+    if options.unet:
+        name, module = denoiser_of(pipe, tried)
+        roots[name] = module
+    if options.vae and "vae" in modules_of(pipe):
+        roots["vae"] = modules_of(pipe)["vae"]
+    layers = [attn for root in roots.values() for attn in attention_layers(root).values()]
+    fusable = [attn for attn in layers if _plain_projections(attn)]
+    if not fusable:
+        found = f"{len(layers)} attention layers in {', '.join(roots)}, none with plain separate projections"
+        raise NotSupportedError(explain_failure(tried, found, "plain nn.Linear projections", "unload adapters first"))
+    with journaling() as journal:
+        for attn in fusable:
+            with journal.watching(attn, *FUSED_NAMES):
+                attn.fuse_projections()
+        journal.scopes.append(RefillFused(fusable))
+        journal.note(f"{len(fusable)} of {len(layers)} layers fused in {', '.join(roots)}")
+    return journal
+
+
+def _plain_projections(attn: Any) -> bool:
+    """Whether the layer's projections are plain linear layers, not fused yet and not wrapped by an adapter."""
+    parts = (attn.to_q, attn.to_k, attn.to_v)
+    return not attn.fused_projections and all(type(part) is nn.Linear for part in parts)
+
+
+@torch.no_grad()
+def _refill(attn: Any) -> None:
+    name, parts = ("to_kv", ("to_k", "to_v")) if attn.is_cross_attention else ("to_qkv", ("to_q", "to_k", "to_v"))
+    fused, sources = getattr(attn, name, None), [getattr(attn, part) for part in parts]
+    if fused is None or not all(type(source) is nn.Linear for source in sources):
+        return
+    for field in ("weight", "bias"):
+        target = getattr(fused, field)
+        if target is None or target.device.type == "meta":
+            continue
+        start = 0
+        for source in sources:
+            rows = getattr(source, field)
+            target[start : start + rows.shape[0]].copy_(rows)
+            start += rows.shape[0]

@@ -1,0 +1,111 @@
+"""VAE slicing (exact) and VAE tiling (lossy), through the flags that diffusers' autoencoders read at each decode."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..errors import InvalidOptionError, NotSupportedError, explain_failure
+from ..planning.options import VAESlicing, VAETiling
+from .components import component
+from .undo import Journal, journaling
+
+DEFAULT_TILE = 512
+"""Largest default tile side in pixels: what Stable Diffusion 1.x's autoencoder was trained on
+(https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, `vae/config.json`)."""
+
+
+def apply_slicing(pipe: Any, options: VAESlicing) -> Journal:
+    """Exact: decode and encode the pictures of a batch one by one."""
+    vae = _vae_with(pipe, "enable_slicing", "enable_vae_slicing()")
+    with journaling() as journal:
+        with journal.watching(vae, "use_slicing"):
+            vae.enable_slicing()  # type: ignore[operator]
+    return journal
+
+
+def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
+    """Lossy: decode and encode large pictures in overlapping, blended tiles of `tile_size` pixels."""
+    tried = f"enable_vae_tiling(tile_size={options.tile_size}, overlap={options.overlap})"
+    vae = _vae_with(pipe, "enable_tiling", tried)
+    tile = options.tile_size or _default_tile(pipe, vae)
+    overlap = 0.25 if options.overlap is None else options.overlap
+    values = _tile_attributes(vae, tile, overlap, _pixels_per_latent(vae), tried)
+    with journaling() as journal:
+        with journal.watching(vae, "use_tiling"):
+            vae.enable_tiling()  # type: ignore[operator]
+        for name, value in values.items():
+            journal.set_attribute(vae, name, value)
+        journal.note(f"pictures above {tile} px a side are tiled; up to {tile} px nothing changes")
+        own = _default_picture(pipe)
+        if own is not None and own <= tile:
+            journal.note(f"a no-op at this model's own size of {own} px: ask for a smaller tile_size to tile there")
+    return journal
+
+
+def _vae_with(pipe: Any, method: str, tried: str) -> nn.Module:
+    vae = component(pipe, "vae", tried)
+    if callable(getattr(vae, method, None)):
+        return vae
+    found = f"a {type(vae).__name__} without {method}()"
+    raise NotSupportedError(explain_failure(tried, found, "an autoencoder that has it", "leave this switch off"))
+
+
+def _pixels_per_latent(vae: Any) -> int:
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    blocks = getattr(vae.config, "block_out_channels", None)
+    return int(ratio) if ratio else 2 ** (len(blocks) - 1) if blocks else 8
+
+
+def _default_picture(pipe: Any) -> int | None:
+    """Side in pixels of the picture the pipeline makes when no size is given."""
+    side, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)
+    if side is None:
+        side = getattr(getattr(getattr(pipe, "unet", None), "config", None), "sample_size", None)
+    return side * factor if isinstance(side, int) and isinstance(factor, int) else None
+
+
+def _default_tile(pipe: Any, vae: Any) -> int:
+    """The largest tile that still tiles the model's own picture size: half of it, at most `DEFAULT_TILE`."""
+    picture, step = _default_picture(pipe), _pixels_per_latent(vae)
+    half = (picture or 2 * DEFAULT_TILE) // 2 // step * step
+    return min(DEFAULT_TILE, half)
+
+
+def _tile_attributes(vae: Any, tile: int, overlap: float, step: int, tried: str) -> dict[str, Any]:
+    """Translate tile side (pixels) and overlap (fraction) into the attributes this class of autoencoder reads.
+
+    AutoencoderKL and its kin read `tile_sample_min_size`, `tile_latent_min_size` and an overlap factor; the newer ones
+    read sides and strides of their own in pixels.
+    """
+    if tile % step:
+        needed = f"a multiple of the autoencoder's {step} pixels per latent"
+        raise InvalidOptionError(
+            explain_failure(tried, f"tile_size {tile}", needed, f"try {tile // step * step or step}")
+        )
+    if tile < 4 * step:
+        needed = f"at least {4 * step} pixels, four latents a side"
+        raise InvalidOptionError(explain_failure(tried, f"tile_size {tile}", needed, "ask for a larger tile"))
+    if int(tile // step * (1 - overlap)) < 1:
+        raise InvalidOptionError(explain_failure(tried, f"overlap {overlap}", "tiles that move on", "overlap less"))
+    if hasattr(vae, "tile_latent_min_size"):
+        return {
+            "tile_sample_min_size": tile,
+            "tile_latent_min_size": tile // step,
+            "tile_overlap_factor": overlap,
+        }
+    parameters = inspect.signature(vae.enable_tiling).parameters
+    stride = max(step, int(tile * (1 - overlap)) // step * step)
+    sides = {f"tile_sample_min_{side}": tile for side in ("height", "width")}
+    strides = {f"tile_sample_stride_{side}": stride for side in ("height", "width")}
+    if all(name in parameters for name in sides):
+        latent = {f"tile_latent_min_{side}": tile // step for side in ("height", "width")}
+        factors = {f"tile_overlap_factor_{side}": overlap for side in ("height", "width")}
+        known = {**sides, **strides, **latent, **factors}
+        return {name: value for name, value in known.items() if hasattr(vae, name)}
+    found = f"a {type(vae).__name__} whose tile size cannot be set"
+    raise NotSupportedError(
+        explain_failure(tried, found, "tile attributes this package knows", "use vae.enable_tiling()")
+    )

@@ -1,0 +1,126 @@
+"""The whole story: give a pipeline its switches, or let a plan throw them.
+
+turbo(pipe)            the same object, now also a TurboMixin; nothing else changes
+auto_optimize(pipe)    facts (device, pipeline) -> plan -> apply -> report
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any, TypeVar
+
+from .actions.apply import apply_plan
+from .actions.components import execution_device
+from .actions.ledger import open_ledger
+from .attention import best_memory_efficient
+from .errors import NotSupportedError, explain_failure
+from .facts.device import probe
+from .facts.pipeline import read_pipeline
+from .mixin import TurboMixin
+from .planning.planner import plan as make_plan
+
+PipeT = TypeVar("PipeT")
+
+ENVIRONMENT_VARIABLE = "USE_MEMORY_EFFICIENT_ATTENTION"
+
+logger = logging.getLogger("diffusers_turbo")
+
+
+def turbo(pipe: PipeT) -> PipeT:
+    """Give a diffusers pipeline this package's switches and return the same object.
+
+    Nothing changes until a switch is thrown: the output is bit-identical, the class is still the pipeline's own to
+    `isinstance`, and saving, copying and pickling work as before. Calling it twice is calling it once. With the environment
+    variable USE_MEMORY_EFFICIENT_ATTENTION=1 the best memory-efficient attention there is comes on at once.
+
+    Raises:
+        NotSupportedError: `pipe` is no diffusers pipeline, or has no denoiser.
+    """
+    read_pipeline(pipe)
+    if not isinstance(pipe, TurboMixin):
+        pipe.__class__ = turbo_class(type(pipe))  # type: ignore[assignment]
+        if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
+            _enable_memory_efficient_attention(pipe)
+    return pipe
+
+
+def auto_optimize(
+    pipe: PipeT,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    images: int | None = None,
+    vram_budget: int | str | None = None,
+    dtype: str = "keep",
+    exact: bool = False,
+    verify: bool = False,
+) -> PipeT:
+    """Probe the device, plan what is safe and worth it, apply it, and keep the plan for `pipe.turbo_report()`.
+
+    Args:
+        pipe: any diffusers pipeline with a `unet` or `transformer`.
+        height, width: size of the pictures in pixels; by default the model's own.
+        batch_size: pictures per call.
+        images: how many pictures will be made in all; decides whether compiling pays.
+        vram_budget: bytes, or text such as "6GB"; by default what is free.
+        dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change of dtype is lossy.
+        exact: allow exact levers only.
+        verify: compare the pictures before and after (not available yet).
+
+    Raises:
+        TurboError: the plan could not be applied; the pipeline is as it was.
+    """
+    if verify:
+        needed = "the verification of a later release"
+        raise NotSupportedError(
+            explain_failure("auto_optimize(verify=True)", "no verification yet", needed, "leave it out")
+        )
+    turbo(pipe)
+    facts = probe(execution_device(pipe))
+    chosen = make_plan(
+        pipe,
+        facts,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        images=images,
+        vram_budget=vram_budget,
+        dtype=dtype,
+        exact=exact,
+    )
+    apply_plan(pipe, chosen)
+    open_ledger(pipe).plan = chosen
+    return pipe
+
+
+@functools.cache
+def turbo_class(host: type) -> type:
+    """Return the class a pipeline of class `host` gets: `host` with TurboMixin in front, under the same name.
+
+    The name is kept because diffusers writes it into `model_index.json`.
+    """
+    namespace = {"__module__": host.__module__, "__qualname__": host.__qualname__, "__doc__": host.__doc__}
+    return type(host.__name__, (_MadeAtRunTime, TurboMixin, host), namespace)
+
+
+class _MadeAtRunTime:
+    """Lets instances of a class that no module holds be copied and pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        host = type(self).__mro__[3]
+        return _revive, (host,), self.__dict__.copy()
+
+
+def _revive(host: type) -> Any:
+    """Make an empty turbo pipeline over `host`, for `copy` and `pickle` to fill."""
+    made = turbo_class(host)
+    return made.__new__(made)
+
+
+def _enable_memory_efficient_attention(pipe: Any) -> None:
+    best = best_memory_efficient(execution_device(pipe))
+    getattr(pipe, best)()
+    logger.info("%s=1: %s()", ENVIRONMENT_VARIABLE, best)

@@ -1,0 +1,35 @@
+"""The errors of this package: one root, and a branch for each question a caller might ask of a failure.
+
+Every message answers four questions in order: what was tried, what was found, what is needed, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class TurboError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class NotSupportedError(TurboError):
+    """The switch does not apply to this pipeline, component or device."""
+
+
+class InvalidOptionError(TurboError, ValueError):
+    """An argument is outside what the switch accepts."""
+
+
+class MissingPackageError(TurboError, ImportError):
+    """An optional package is needed and not installed, or installed and not usable here."""
+
+
+class ActionFailedError(TurboError):
+    """An action failed half-way and was rolled back; the original error is its `__cause__`."""
+
+
+def explain_failure(tried: str, found: str, needed: str, do: str) -> str:
+    """Return the four-part message every `TurboError` of this package carries.
+
+    >>> print(explain_failure("enable_tf32()", "device cpu", "an NVIDIA GPU of SM 8.0 or newer", "leave it off"))
+    enable_tf32(): found device cpu; needed: an NVIDIA GPU of SM 8.0 or newer. What to do: leave it off.
+    """
+    return f"{tried}: found {found.rstrip('.')}; needed: {needed.rstrip('.')}. What to do: {do.rstrip('.')}."

@@ -1,0 +1,380 @@
+"""TurboMixin: the switches as methods, each a line or two that hands an options value to the ledger.
+
+Where diffusers has a method of the same name, name and signature are kept. `enable_x` twice is once; `disable_x` when x is
+not on does nothing and says so in the log (logger "diffusers_turbo").
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .actions.ledger import close_ledger, ledger_of, open_ledger
+from .actions.host import host_method
+from .actions.attention import FusedAttention
+from .planning import options as opt
+from .planning.options import Options
+from .report import Report, report_on
+
+
+class TurboMixin:
+    """Adds this package's switches to a diffusers pipeline.
+
+    Get one from `turbo(pipe)`, or write `class MyPipe(TurboMixin, StableDiffusionPipeline)`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give each subclass a `__call__` that keeps its host's name, signature and docstring."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" not in cls.__dict__:
+            below = cls.__mro__[cls.__mro__.index(TurboMixin) + 1 :]
+            host_call = next((base.__dict__["__call__"] for base in below if "__call__" in base.__dict__), None)
+            if host_call is not None:
+                cls.__call__ = functools.wraps(host_call)(_call_in_scope)  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline inside the call scopes of what is switched on."""
+        return _run_in_scope(self, super().__call__, args, kwargs)  # type: ignore[misc]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copied or unpickled state; what modules do not carry along is switched on anew."""
+        self.__dict__.update(state)
+        ledger = ledger_of(self)
+        if ledger is not None:
+            ledger.after_copy(self)
+
+    # Attention
+
+    def enable_naive_attention(self) -> None:
+        """Exact: the reference attention, which materialises the whole score matrix `[B*H, N, M]`."""
+        self._enable(opt.NaiveAttention())
+
+    def disable_naive_attention(self) -> None:
+        """Switch `enable_naive_attention` off."""
+        self._disable("enable_naive_attention")
+
+    def enable_sdpa(self, backend: str = "auto") -> None:
+        """Exact: torch's scaled_dot_product_attention in every layer that can take it.
+
+        Args:
+            backend: "auto", "flash", "efficient", "cudnn" or "math". Layers that cannot take the named kernel (the VAE's
+                head of 512) keep "auto" and are listed in the report.
+
+        Raises:
+            NotSupportedError: no layer of the denoiser can take the backend; the reasons are listed.
+        """
+        self._enable(opt.SDPAAttention(backend=backend))
+
+    def disable_sdpa(self) -> None:
+        """Switch `enable_sdpa` off."""
+        self._disable("enable_sdpa")
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Exact: xFormers' memory-efficient attention in every layer whose kernel really runs here.
+
+        Args:
+            attention_op: an xFormers operator, or None for xFormers' own choice.
+
+        Raises:
+            MissingPackageError: xFormers is not installed.
+            NotSupportedError: no kernel of it runs on this device with this dtype and head size.
+        """
+        self._enable(opt.XFormersAttention(attention_op=attention_op))
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Switch `enable_xformers_memory_efficient_attention` off."""
+        self._disable("enable_xformers_memory_efficient_attention")
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto", max_bytes: int | None = None) -> None:
+        """Exact: attention in slices over batch x heads and, where needed, over query rows.
+
+        Args:
+            slice_size: "auto" (half of the heads at a time), "max" (one head at a time) or a number of heads; None
+                switches slicing off, as in diffusers, unless `max_bytes` is given.
+            max_bytes: bound on scores, softmax and upcast copies, in bytes, beyond q, k, v and the output.
+        """
+        if slice_size is None and max_bytes is None:
+            self.disable_attention_slicing()
+        else:
+            self._enable(opt.SlicedAttention(slice_size=slice_size, max_bytes=max_bytes))
+
+    def disable_attention_slicing(self) -> None:
+        """Switch `enable_attention_slicing` off."""
+        self._disable("enable_attention_slicing")
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Exact: one matrix product for queries, keys and values (keys and values in cross-attention).
+
+        Args:
+            unet: fuse the denoiser's layers (a transformer's too).
+            vae: fuse the VAE's layers.
+        """
+        fresh = self._is_off("fuse_qkv_projections")
+        self._enable(opt.FusedQKV(unet=unet, vae=vae))
+        try:
+            # Only this package's processors know the fused weights; whatever the user chose stays on top.
+            open_ledger(self).enable(self, FusedAttention(), below=True)
+        except BaseException:
+            if fresh:
+                self._disable("fuse_qkv_projections")
+            raise
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Switch `fuse_qkv_projections` off for the parts named; what stays fused stays.
+
+        Args:
+            unet: unfuse the denoiser.
+            vae: unfuse the VAE.
+        """
+        ledger = ledger_of(self)
+        lever = ledger.find("fuse_qkv_projections") if ledger else None
+        now = lever.options if lever else None
+        keep = (now.unet and not unet, now.vae and not vae) if isinstance(now, opt.FusedQKV) else (False, False)
+        if any(keep):
+            self._enable(opt.FusedQKV(unet=keep[0], vae=keep[1]))
+        else:
+            self._disable("fuse_qkv_projections")
+
+    # Layout and precision
+
+    def enable_channels_last(self) -> None:
+        """Exact: convolution weights `[O, I, H, W]` laid out channels-last."""
+        self._enable(opt.ChannelsLast())
+
+    def disable_channels_last(self) -> None:
+        """Switch `enable_channels_last` off: every weight gets its own strides back."""
+        self._disable("enable_channels_last")
+
+    def enable_tf32(self) -> None:
+        """Lossy: float32 products in TF32 (10 mantissa bits), in force during this pipeline's calls only."""
+        self._enable(opt.TF32())
+
+    def disable_tf32(self) -> None:
+        """Switch `enable_tf32` off."""
+        self._disable("enable_tf32")
+
+    def enable_half_precision(self, dtype: torch.dtype | str | None = None) -> None:
+        """Lossy: every weight in half precision; the originals wait in host memory for `disable_half_precision`.
+
+        Args:
+            dtype: torch.float16, torch.bfloat16, or their names; None means float16 for UNets, bfloat16 for transformers.
+        """
+        self._enable(opt.HalfPrecision(dtype=dtype))  # type: ignore[arg-type]
+
+    def disable_half_precision(self) -> None:
+        """Switch `enable_half_precision` off: the original weights come back bit for bit."""
+        self._disable("enable_half_precision")
+
+    # VAE
+
+    def enable_vae_slicing(self) -> None:
+        """Exact: the VAE works on the pictures of a batch one by one."""
+        self._enable(opt.VAESlicing())
+
+    def disable_vae_slicing(self) -> None:
+        """Switch `enable_vae_slicing` off."""
+        self._disable("enable_vae_slicing")
+
+    def enable_vae_tiling(self, tile_size: int | None = None, overlap: float | None = None) -> None:
+        """Lossy: the VAE works in overlapping, blended tiles on pictures above `tile_size`.
+
+        Args:
+            tile_size: side of a tile in pixels; by default half the model's own picture, at most 512.
+            overlap: fraction of a tile shared with its neighbour, 0 to 0.5; by default 0.25.
+        """
+        self._enable(opt.VAETiling(tile_size=tile_size, overlap=overlap))
+
+    def disable_vae_tiling(self) -> None:
+        """Switch `enable_vae_tiling` off."""
+        self._disable("enable_vae_tiling")
+
+    # Offload
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Exact: one component at a time on the GPU, the others in host memory.
+
+        Args:
+            gpu_id: index of the GPU.
+            device: the accelerator, by default the one there is.
+        """
+        ledger = ledger_of(self)
+        top = ledger.top("offload") if ledger else None
+        if (
+            top is not None
+            and top.action == "enable_model_cpu_offload"
+            and top.journal is not None
+            and device is not None
+        ):
+            # diffusers calls this method itself at the end of each picture, to send every component home.
+            host_method(self, "enable_model_cpu_offload")(gpu_id=gpu_id, device=device)
+        else:
+            self._enable(opt.ModelOffload(gpu_id=gpu_id, device=device))
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Exact: one layer at a time on the GPU: the least memory, and the slowest.
+
+        Args:
+            gpu_id: index of the GPU.
+            device: the accelerator, by default the one there is.
+        """
+        self._enable(opt.SequentialOffload(gpu_id=gpu_id, device=device))
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str | None = None,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | list[str] | None = None,
+    ) -> None:
+        """Exact: groups of layers in host memory, brought to the GPU when they work, ahead of time with a stream.
+
+        Arguments are those of `DiffusionPipeline.enable_group_offload`; here `onload_device` defaults to the accelerator and
+        `num_blocks_per_group` to 1. SDXL's VAE, which is cast to float32 for decoding, is moved as a whole.
+        """
+        self._enable(
+            opt.GroupOffload(
+                onload_device=onload_device,
+                offload_device=offload_device,
+                offload_type=offload_type,
+                num_blocks_per_group=num_blocks_per_group,
+                non_blocking=non_blocking,
+                use_stream=use_stream,
+                record_stream=record_stream,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                offload_to_disk_path=offload_to_disk_path,
+                exclude_modules=tuple(exclude_modules) if isinstance(exclude_modules, list) else exclude_modules,
+            )
+        )
+
+    def disable_offload(self) -> None:
+        """Switch any offload off: every weight goes back to the device it was on."""
+        for action in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
+            self._disable(action)
+
+    # Compilation and tracing
+
+    def compile_unet(
+        self,
+        mode: str | None = None,
+        fullgraph: bool = False,
+        dynamic: bool | None = None,
+        regional: bool = False,
+        backend: str = "inductor",
+    ) -> None:
+        """Exact: compile the UNet in place; class, state-dict keys, LoRA and saving keep working.
+
+        Args:
+            mode, fullgraph, dynamic, backend: as in `torch.compile`.
+            regional: compile each repeated block instead of the whole: a much shorter first image, a little less speed.
+        """
+        self._enable(
+            opt.CompileUNet(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
+        )
+
+    def compile_transformer(
+        self,
+        mode: str | None = None,
+        fullgraph: bool = False,
+        dynamic: bool | None = None,
+        regional: bool = False,
+        backend: str = "inductor",
+    ) -> None:
+        """Exact: compile the transformer in place; arguments as for `compile_unet`."""
+        self._enable(
+            opt.CompileTransformer(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
+        )
+
+    def compile_vae(
+        self,
+        mode: str | None = None,
+        fullgraph: bool = False,
+        dynamic: bool | None = None,
+        regional: bool = False,
+        backend: str = "inductor",
+    ) -> None:
+        """Exact: compile the VAE's encoder and decoder in place; arguments as for `compile_unet`."""
+        self._enable(
+            opt.CompileVAE(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
+        )
+
+    def uncompile(self) -> None:
+        """Switch every compilation off."""
+        for action in ("compile_unet", "compile_transformer", "compile_vae"):
+            self._disable(action)
+
+    def trace_unet(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        check: bool = True,
+        save_path: str | None = None,
+        load_path: str | None = None,
+    ) -> None:
+        """Exact: run the UNet as a torch.jit.trace.
+
+        Args:
+            height, width: size in pixels to trace at; by default the model's own.
+            batch_size: pictures per call to trace with.
+            check: compare with the UNet itself at a size and batch that were not traced.
+            save_path: write the trace there.
+            load_path: read a trace from there instead of making one.
+        """
+        self._enable(
+            opt.TraceUNet(
+                height=height, width=width, batch_size=batch_size, check=check, save_path=save_path, load_path=load_path
+            )
+        )
+
+    def untrace_unet(self) -> None:
+        """Switch `trace_unet` off."""
+        self._disable("trace_unet")
+
+    # Looking and undoing
+
+    def turbo_report(self) -> Report:
+        """Return what is switched on, what each lever says of itself, and what was left alone; `print` it."""
+        return report_on(self, ledger_of(self))
+
+    def turbo_undo(self) -> Report:
+        """Switch everything off and remove every trace; return what had to be left alone, since others changed it."""
+        ledger = ledger_of(self)
+        left_alone = tuple(ledger.undo(self)) if ledger is not None else ()
+        close_ledger(self, forget=True)
+        return report_on(self, None, left_alone)
+
+    def _enable(self, options: Options) -> None:
+        try:
+            open_ledger(self).enable(self, options)
+        finally:
+            close_ledger(self)
+
+    def _disable(self, action: str) -> None:
+        open_ledger(self).disable(self, action)
+        close_ledger(self)
+
+    def _is_off(self, action: str) -> bool:
+        ledger = ledger_of(self)
+        return ledger is None or ledger.find(action) is None
+
+
+def _call_in_scope(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return TurboMixin.__call__(self, *args, **kwargs)
+
+
+def _run_in_scope(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    ledger = ledger_of(pipe)
+    if ledger is None:
+        return call(*args, **kwargs)
+    with ledger.around_call(pipe):
+        return call(*args, **kwargs)

@@ -1,0 +1,89 @@
+"""What is switched on, in words and as data. Measures nothing and asks nothing but the ledger."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedLever:
+    """One lever: the method that switched it on, its options, and what it said of itself."""
+
+    action: str
+    options: dict[str, Any]
+    slot: str
+    exact: bool
+    lossy_reason: str | None
+    in_force: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The state of a turbo pipeline; `str()` prints it."""
+
+    pipeline: str
+    levers: tuple[ReportedLever, ...]
+    left_alone: tuple[str, ...]
+    plan: Any = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything in force is exact: the same mathematics up to rounding."""
+        return all(lever.exact for lever in self.levers if lever.in_force)
+
+    def to_json(self) -> str:
+        """Return the report as JSON; the plan under `plan` as its own JSON object."""
+        fields = asdict(self) | {"plan": None if self.plan is None else json.loads(self.plan.to_json())}
+        return json.dumps(fields | {"exact": self.exact}, indent=2, default=str)
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline}: {self._summary()}"]
+        for lever in self.levers:
+            state = "" if lever.in_force else " (covered by the one after it)"
+            kind = "exact" if lever.exact else f"LOSSY: {lever.lossy_reason}"
+            lines.append(f"  {_call(lever.action, lever.options)}{state}  [{kind}]")
+            lines.extend(f"      {note}" for note in lever.notes)
+        if self.left_alone:
+            lines.append("  left alone, since it was changed by others:")
+            lines.extend(f"      {sentence}" for sentence in self.left_alone)
+        if self.plan is not None:
+            lines.extend(["", self.plan.explain()])
+        return "\n".join(lines)
+
+    def _summary(self) -> str:
+        if not self.levers:
+            return "nothing switched on"
+        return f"{sum(lever.in_force for lever in self.levers)} in force, {'all exact' if self.exact else 'LOSSY'}"
+
+
+def _call(action: str, options: dict[str, Any]) -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+    return f"{action}({given})"
+
+
+def report_on(pipe: Any, ledger: Any, left_alone: tuple[str, ...] = ()) -> Report:
+    """Read a report off a pipeline's ledger (None while nothing is switched on)."""
+    levers = []
+    for slot, stack in ledger.slots.items() if ledger is not None else ():
+        for lever in stack:
+            options = lever.options
+            levers.append(
+                ReportedLever(
+                    action=options.action,
+                    options=options.as_dict(),
+                    slot=slot,
+                    exact=options.exact,
+                    lossy_reason=options.lossy_reason,
+                    in_force=lever is stack[-1],
+                    notes=tuple(lever.journal.notes) if lever.journal else (),
+                )
+            )
+    return Report(
+        pipeline=type(pipe).__name__,
+        levers=tuple(levers),
+        left_alone=left_alone + (tuple(ledger.left_alone) if ledger is not None else ()),
+        plan=ledger.plan if ledger is not None else None,
+    )
