@@ -32,15 +32,16 @@ def turbo(pipe: PipeT) -> PipeT:
     """Give a diffusers pipeline this package's switches and return the same object.
 
     Nothing changes until a switch is thrown: the output is bit-identical, the class is still the pipeline's own to
-    `isinstance`, and saving, copying and pickling work as before. Calling it twice is calling it once. With the environment
-    variable USE_MEMORY_EFFICIENT_ATTENTION=1 the best memory-efficient attention there is comes on at once.
+    `isinstance`, and saving, copying and pickling work as before. Calling it twice is calling it once. With the
+    environment variable USE_MEMORY_EFFICIENT_ATTENTION=1 the best memory-efficient attention there is comes on at
+    once.
 
     Raises:
         NotSupportedError: `pipe` is no diffusers pipeline, or has no denoiser.
     """
     read_pipeline(pipe)
     if not isinstance(pipe, TurboMixin):
-        pipe.__class__ = turbo_class(type(pipe))  # type: ignore[assignment]
+        object.__setattr__(pipe, "__class__", turbo_class(type(pipe)))  # type: ignore[arg-type]
         if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
             _enable_memory_efficient_attention(pipe)
     return pipe
@@ -66,7 +67,8 @@ def auto_optimize(
         batch_size: pictures per call.
         images: how many pictures will be made in all; decides whether compiling pays.
         vram_budget: bytes, or text such as "6GB"; by default what is free.
-        dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change of dtype is lossy.
+        dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change of dtype is
+            lossy.
         exact: allow exact levers only.
         verify: compare the pictures before and after (not available yet).
 
@@ -117,7 +119,7 @@ class _MadeAtRunTime:
 def _revive(host: type) -> Any:
     """Make an empty turbo pipeline over `host`, for `copy` and `pickle` to fill."""
     made = turbo_class(host)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 def _enable_memory_efficient_attention(pipe: Any) -> None:

@@ -1,7 +1,7 @@
 """TurboMixin: the switches as methods, each a line or two that hands an options value to the ledger.
 
-Where diffusers has a method of the same name, name and signature are kept. `enable_x` twice is once; `disable_x` when x is
-not on does nothing and says so in the log (logger "diffusers_turbo").
+Where diffusers has a method of the same name, name and signature are kept. `enable_x` twice is once; `disable_x` when
+x is not on does nothing and says so in the log (logger "diffusers_turbo").
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .actions.ledger import close_ledger, ledger_of, open_ledger
-from .actions.host import host_method
 from .actions.attention import FusedAttention
+from .actions.host import host_method
+from .actions.ledger import close_ledger, ledger_of, open_ledger
 from .planning import options as opt
 from .planning.options import Options
 from .report import Report, report_on
@@ -59,8 +59,8 @@ class TurboMixin:
         """Exact: torch's scaled_dot_product_attention in every layer that can take it.
 
         Args:
-            backend: "auto", "flash", "efficient", "cudnn" or "math". Layers that cannot take the named kernel (the VAE's
-                head of 512) keep "auto" and are listed in the report.
+            backend: "auto", "flash", "efficient", "cudnn" or "math". Layers that cannot take the named kernel (the
+                VAE's head of 512) keep "auto" and are listed in the report.
 
         Raises:
             NotSupportedError: no layer of the denoiser can take the backend; the reasons are listed.
@@ -159,7 +159,8 @@ class TurboMixin:
         """Lossy: every weight in half precision; the originals wait in host memory for `disable_half_precision`.
 
         Args:
-            dtype: torch.float16, torch.bfloat16, or their names; None means float16 for UNets, bfloat16 for transformers.
+            dtype: torch.float16, torch.bfloat16, or their names; None means float16 for UNets, bfloat16 for
+                transformers.
         """
         self._enable(opt.HalfPrecision(dtype=dtype))  # type: ignore[arg-type]
 
@@ -238,8 +239,9 @@ class TurboMixin:
     ) -> None:
         """Exact: groups of layers in host memory, brought to the GPU when they work, ahead of time with a stream.
 
-        Arguments are those of `DiffusionPipeline.enable_group_offload`; here `onload_device` defaults to the accelerator and
-        `num_blocks_per_group` to 1. SDXL's VAE, which is cast to float32 for decoding, is moved as a whole.
+        Arguments are those of `DiffusionPipeline.enable_group_offload`; here `onload_device` defaults to the
+        accelerator and `num_blocks_per_group` to 1. SDXL's VAE, which is cast to float32 for decoding, is moved as a
+        whole.
         """
         self._enable(
             opt.GroupOffload(

@@ -1,8 +1,8 @@
 """How far two sets of results are apart, pooled over pictures, and whether that still counts as exact.
 
-Numbers in, verdict out: nothing here runs a pipeline. Distances are taken to the naive fp32 result from the same latents and
-embeddings. The definition of exact is in docs/decisions/exactness.md: in fp32 at least `EXACT_FP32_DB`; in half precision at
-most `EXACT_RATIO` times as far as stock diffusers is in the same dtype.
+Numbers in, verdict out: nothing here runs a pipeline. Distances are taken to the naive fp32 result from the same
+latents and embeddings. The definition of exact is in docs/decisions/exactness.md: in fp32 at least `EXACT_FP32_DB`;
+in half precision at most `EXACT_RATIO` times as far as stock diffusers is in the same dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 EXACT_FP32_DB = 90.0
-"""Lowest pooled PSNR that rounding alone explains in fp32: 24 mantissa bits leave some 20 dB above it on a 50-step picture."""
+"""Lowest pooled PSNR that rounding alone explains in fp32 (24 mantissa bits)."""
 
 EXACT_RATIO = 1.25
 """Largest pooled distance, relative to stock in the same dtype, that reordering of roundings explains."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests import tiny
 
 
@@ -16,19 +17,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def pipe():
     """A fresh tiny Stable Diffusion pipeline."""
     return tiny.sd()
 
 
-@pytest.fixture()
+@pytest.fixture
 def xl_pipe():
     """A fresh tiny Stable Diffusion XL pipeline."""
     return tiny.sdxl()
 
 
-@pytest.fixture()
+@pytest.fixture
 def pixart_pipe():
     """A fresh tiny PixArt pipeline."""
     return tiny.pixart()

@@ -10,10 +10,10 @@ import pickle
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from tests import tiny
-from tests.state import differences, state_of
 
 from diffusers_turbo import TurboError, TurboMixin, turbo
+from tests import tiny
+from tests.state import differences, state_of
 
 
 def test_same_object_same_class_same_output_bit_for_bit(pipe):

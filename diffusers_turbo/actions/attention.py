@@ -1,4 +1,4 @@
-"""One attention processor for every layer that can take it; what cannot, or is not ours to replace, is left and listed."""
+"""One attention processor for every layer that can take it; a layer that cannot, or is not ours, is left and listed."""
 
 from __future__ import annotations
 

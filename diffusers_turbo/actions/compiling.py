@@ -1,7 +1,7 @@
 """torch.compile in place: class, state-dict keys, LoRA and saving keep working, and it can be taken off again.
 
-`nn.Module.compile()` hangs the compiled call on the module itself, where `torch.compile(module)` would put another class
-in its place that diffusers' `isinstance` checks then skip.
+`nn.Module.compile()` hangs the compiled call on the module itself, where `torch.compile(module)` would put another
+class in its place that diffusers' `isinstance` checks then skip.
 """
 
 from __future__ import annotations

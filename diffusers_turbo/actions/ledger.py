@@ -1,11 +1,12 @@
 """The ledger of one pipeline: which levers are on, one stack for each slot, and how to take any of them off.
 
 Every slot (attention, layout, precision ...) is a stack over the pipeline as it was found. Only the top of a stack is
-applied, always directly over the original; switching another lever on first takes the old top off. So `disable_x` removes
+applied, always directly over the original; switching another lever on first takes the old top off. So `disable_x`
+removes
 x wherever it stands: a buried lever is just forgotten, and when the top goes, the lever below it is applied again.
 
-Some levers wrap what others change: offload hooks hold the weights, a trace bakes them in. Such slots are taken off while
-a slot below them changes and put back afterwards, so the result never depends on the order of the calls.
+Some levers wrap what others change: offload hooks hold the weights, a trace bakes them in. Such slots are taken off
+while a slot below them changes and put back afterwards, so the result never depends on the order of the calls.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Ledger:
         return list(self.left_alone)
 
     def rearrange(self, pipe: Any, slot: str, wanted: list[Lever]) -> None:
-        """Make `wanted` the stack of `slot`; on any failure what was in force is in force again and the error goes on."""
+        """Make `wanted` the stack of `slot`; on failure what was in force is in force again and the error goes on."""
         before = self.slots.get(slot, [])
         old, new = (before[-1] if before else None), (wanted[-1] if wanted else None)
         if old is not new:

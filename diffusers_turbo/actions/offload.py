@@ -1,7 +1,7 @@
 """Weights in host memory until they are needed: by model, by layer, or by group of layers, and back again exactly.
 
-The hooks are diffusers' and accelerate's own. What they lack is a way back: removing them leaves weights on the CPU, bound
-`forward` methods in module dictionaries, and parameters replaced by copies. `Placement` remembers all of that.
+The hooks are diffusers' and accelerate's own. What they lack is a way back: removing them leaves weights on the CPU,
+bound `forward` methods in module dictionaries, and parameters replaced by copies. `Placement` remembers all of that.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class DtypeChange:
 
 @dataclass
 class AddedMeanwhile:
-    """Notices, when half precision goes, the weights that arrived under it (a LoRA, a new component) and stay as they are."""
+    """Notices, when half precision goes, the weights that came under it (a LoRA, a new component) and stay."""
 
     pipe: Any
     known: set[int]

@@ -1,7 +1,7 @@
 """Fused QKV: the projections of attention as one matrix product a layer.
 
-The fused weights are copies. They are filled anew when a call begins, so that a LoRA fused into the weights meanwhile is never
-bypassed, and the processors leave them aside while an adapter wraps one of the projections.
+The fused weights are copies. They are filled anew when a call begins, so that a LoRA fused into the weights meanwhile
+is never bypassed, and the processors leave them aside while an adapter wraps one of the projections.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import attention_layers
 from ..errors import NotSupportedError, explain_failure
 from ..planning.options import FusedQKV
-from ..attention import attention_layers
 from .components import denoiser_of, modules_of, require_plain_weights
 from .undo import Journal, journaling
 

@@ -1,8 +1,9 @@
 """TF32 for matrix products and convolutions, in force during this pipeline's calls only.
 
-The flags are process-wide, so they are held only while a call runs, counted across threads: the first call in sets them,
-the last one out restores them. They are read and restored through `fp32_precision`, since after it has been set the old
-`allow_tf32` names refuse to be read. https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+The flags are process-wide, so they are held only while a call runs, counted across threads: the first call in sets
+them, the last one out restores them. They are read and restored through `fp32_precision`, since after it has been set
+the old `allow_tf32` names refuse to be read.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The UNet through torch.jit.trace, as diffusers' "Memory and speed" guide describes it, in place and checked.
 
-A trace bakes in what Python decided while it was made: the processors, the dtype, the modules. It is checked at a size and a
-batch that were not traced, and before every call the parameters are compared with those that were traced, so that a LoRA
-loaded meanwhile raises an error instead of being ignored.
+A trace bakes in what Python decided while it was made: the processors, the dtype, the modules. It is checked at a
+size and a batch that were not traced, and before every call the parameters are compared with those that were traced,
+so that a LoRA loaded meanwhile raises an error instead of being ignored.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Journal:
         while self.changes:
             try:
                 sentence = self.changes.pop().revert()
-            except Exception as error:  # noqa: BLE001 - the remaining changes must still be undone
+            except Exception as error:
                 first_error = first_error or error
             else:
                 if sentence:

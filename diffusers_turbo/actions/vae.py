@@ -20,9 +20,8 @@ DEFAULT_TILE = 512
 def apply_slicing(pipe: Any, options: VAESlicing) -> Journal:
     """Exact: decode and encode the pictures of a batch one by one."""
     vae = _vae_with(pipe, "enable_slicing", "enable_vae_slicing()")
-    with journaling() as journal:
-        with journal.watching(vae, "use_slicing"):
-            vae.enable_slicing()  # type: ignore[operator]
+    with journaling() as journal, journal.watching(vae, "use_slicing"):
+        vae.enable_slicing()  # type: ignore[operator]
     return journal
 
 

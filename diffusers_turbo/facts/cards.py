@@ -11,7 +11,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from diffusers_turbo.errors import InvalidOptionError, explain_failure
+from ..errors import InvalidOptionError, explain_failure
 
 _GIB = 2**30
 _TERA = 1e12

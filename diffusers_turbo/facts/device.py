@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from diffusers_turbo.facts.cards import find_card
+from .cards import find_card
 
 KernelTable = Mapping[str, tuple[str, ...]]
 """Backend or operator name -> the dtypes it runs with, by name."""
@@ -97,7 +97,7 @@ class DeviceFacts:
         """SDPA backend -> dtypes it runs with; tried on the device at first reading, predicted for a card."""
         if self.predicted_sdpa is not None:
             return self.predicted_sdpa
-        from diffusers_turbo.facts.kernels import probe_sdpa
+        from .kernels import probe_sdpa
 
         return probe_sdpa(self.device)
 
@@ -106,7 +106,7 @@ class DeviceFacts:
         """xFormers forward operator -> dtypes it runs with; tried at first reading, empty for a card."""
         if self.predicted_xformers is not None:
             return self.predicted_xformers
-        from diffusers_turbo.facts.kernels import probe_xformers
+        from .kernels import probe_xformers
 
         return probe_xformers(self.device)
 
@@ -183,7 +183,7 @@ def probe(device: object = None) -> DeviceFacts:
     >>> probe("cpu").device_type
     'cpu'
     """
-    from diffusers_turbo.facts.probing import probe_device
+    from .probing import probe_device
 
     return probe_device(device)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from diffusers_turbo.errors import NotSupportedError, explain_failure
-from diffusers_turbo.facts.architecture import (
+from ..errors import NotSupportedError, explain_failure
+from .architecture import (
     AttentionFacts,
     DenoiserShape,
     VAEFacts,
@@ -16,7 +16,7 @@ from diffusers_turbo.facts.architecture import (
     read_denoiser_shape,
     read_vae,
 )
-from diffusers_turbo.facts.components import ComponentFacts, read_component
+from .components import ComponentFacts, read_component
 
 if TYPE_CHECKING:
     import torch

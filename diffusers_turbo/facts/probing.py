@@ -7,8 +7,8 @@ import importlib.util
 import platform
 from typing import Any
 
-from diffusers_turbo.facts.device import DeviceFacts, lacks_tensor_cores, missing_kernels, unusable_formats
-from diffusers_turbo.facts.host import cxx_compiler, host_memory
+from .device import DeviceFacts, lacks_tensor_cores, missing_kernels, unusable_formats
+from .host import cxx_compiler, host_memory
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "xformers", "triton", "peft")
 

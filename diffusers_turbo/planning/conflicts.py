@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from diffusers_turbo.planning.options import (
+from .options import (
     CompileTransformer,
     CompileUNet,
     CompileVAE,

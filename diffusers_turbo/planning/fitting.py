@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffusers_turbo.planning import gains
-from diffusers_turbo.planning.options import (
+
+from .options import (
     GroupOffload,
     ModelOffload,
     Options,
@@ -19,8 +20,8 @@ from diffusers_turbo.planning.options import (
     VAESlicing,
     VAETiling,
 )
-from diffusers_turbo.planning.request import Situation, Verdict, leave, take
-from diffusers_turbo.planning.units import gib
+from .request import Situation, Verdict, leave, take
+from .units import gib
 
 TILE_SIZES = (512, 256)
 """Sides of tiles in pixels, the larger first: fewer borders. 256 is the smallest at which the KL autoencoder's group

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffusers_turbo.planning.options import (
+from .options import (
     ChannelsLast,
     FusedQKV,
     GroupOffload,
@@ -29,11 +29,11 @@ from diffusers_turbo.planning.options import (
     VAETiling,
     XFormersAttention,
 )
-from diffusers_turbo.planning.units import MIB
+from .units import MIB
 
 if TYPE_CHECKING:
-    from diffusers_turbo.facts.components import ComponentFacts
-    from diffusers_turbo.facts.pipeline import PipelineFacts
+    from ..facts.components import ComponentFacts
+    from ..facts.pipeline import PipelineFacts
 
 # What a plan keeps beyond the estimate: the largest error over the measured rows, rounded up.
 MARGIN = 0.10

@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from diffusers_turbo.errors import InvalidOptionError, explain_failure
+from ..errors import InvalidOptionError, explain_failure
 
 SDPA_BACKENDS = ("auto", "flash", "efficient", "cudnn", "math")
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffusers_turbo.errors import InvalidOptionError, explain_failure
-from diffusers_turbo.planning.memory import MemoryEstimate
-from diffusers_turbo.planning.options import ACTIONS, Options, make_options
-from diffusers_turbo.planning.units import gib
+from ..errors import InvalidOptionError, explain_failure
+from .memory import MemoryEstimate
+from .options import ACTIONS, Options, make_options
+from .units import gib
 
 FORMAT_VERSION = 1
 

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffusers_turbo.errors import NotSupportedError, explain_failure
-from diffusers_turbo.planning.conflicts import in_order
-from diffusers_turbo.planning.fitting import Estimated, Rung, judge_memory, make_ladder
-from diffusers_turbo.planning.memory import MemoryEstimate, estimate_memory, holds_scores
-from diffusers_turbo.planning.options import Options, SDPAAttention, SlicedAttention, XFormersAttention
-from diffusers_turbo.planning.plan import Plan, Rejected, Step
-from diffusers_turbo.planning.request import Request, Situation, Verdict, settle
-from diffusers_turbo.planning.speed import (
+from ..errors import NotSupportedError, explain_failure
+from .conflicts import in_order
+from .fitting import Estimated, Rung, judge_memory, make_ladder
+from .memory import MemoryEstimate, estimate_memory, holds_scores
+from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
+from .plan import Plan, Rejected, Step
+from .request import Request, Situation, Verdict, settle
+from .speed import (
     judge_attention,
     judge_compile,
     judge_layout,
@@ -30,11 +30,11 @@ from diffusers_turbo.planning.speed import (
     running_dtype,
     sm_text,
 )
-from diffusers_turbo.planning.units import gib
+from .units import gib
 
 if TYPE_CHECKING:
-    from diffusers_turbo.facts.device import DeviceFacts
-    from diffusers_turbo.facts.pipeline import PipelineFacts
+    from ..facts.device import DeviceFacts
+    from ..facts.pipeline import PipelineFacts
 
 
 def plan(
@@ -65,7 +65,7 @@ def plan(
         NotSupportedError: no pipeline, one without a denoiser, or a torch that has no kernels for the card.
         InvalidOptionError: an argument is outside what is accepted.
     """
-    from diffusers_turbo.facts.pipeline import PipelineFacts, read_pipeline
+    from ..facts.pipeline import PipelineFacts, read_pipeline
 
     request = Request(
         height=height,

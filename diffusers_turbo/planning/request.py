@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffusers_turbo.errors import InvalidOptionError, explain_failure
-from diffusers_turbo.planning.options import Options, dtype_name
-from diffusers_turbo.planning.units import parse_bytes
+from ..errors import InvalidOptionError, explain_failure
+from .options import Options, dtype_name
+from .units import parse_bytes
 
 if TYPE_CHECKING:
-    from diffusers_turbo.facts.device import DeviceFacts
-    from diffusers_turbo.facts.pipeline import PipelineFacts
+    from ..facts.device import DeviceFacts
+    from ..facts.pipeline import PipelineFacts
 
 DTYPES = ("keep", "auto", "float16", "bfloat16", "float32")
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffusers_turbo.planning import gains
-from diffusers_turbo.planning.conflicts import conflicts_with
-from diffusers_turbo.planning.memory import fused_bytes, holds_scores
-from diffusers_turbo.planning.options import (
+
+from .conflicts import conflicts_with
+from .memory import fused_bytes, holds_scores
+from .options import (
     TF32,
     ChannelsLast,
     CompileTransformer,
@@ -25,11 +26,11 @@ from diffusers_turbo.planning.options import (
     TraceUNet,
     XFormersAttention,
 )
-from diffusers_turbo.planning.request import Situation, Verdict, leave, take
-from diffusers_turbo.planning.units import gib
+from .request import Situation, Verdict, leave, take
+from .units import gib
 
 if TYPE_CHECKING:
-    from diffusers_turbo.facts.device import DeviceFacts
+    from ..facts.device import DeviceFacts
 
 _FORMAT = {"float16": "fp16", "bfloat16": "bf16"}
 # diffusers' and this package's processors that change nothing but how the same attention is computed

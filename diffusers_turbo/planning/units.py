@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from diffusers_turbo.errors import InvalidOptionError, explain_failure
+from ..errors import InvalidOptionError, explain_failure
 
 MIB = 2**20
 GIB = 2**30

@@ -6,15 +6,15 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
-from tests import tiny
-from tests.state import differences, state_of
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions.offload import Placement
+from tests import tiny
+from tests.state import differences, state_of
 
 
 def test_sequential_hooks_come_off_with_every_parameter_object_and_bit():
-    """The CPU stands in for the GPU: diffusers' own method would ask for "cpu:0", which accelerate takes for another device."""
+    """The CPU stands in for the GPU; diffusers' own method asks for "cpu:0", which is not "cpu" to accelerate."""
     pipe = turbo(tiny.sd())
     stock, before = tiny.picture(pipe), state_of(pipe)
     placement = Placement.of(pipe)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from diffusers_turbo import TurboError, turbo
 from tests import tiny
 from tests.actions.switches import SWITCHES, Switch
 from tests.state import differences, state_of
-
-from diffusers_turbo import TurboError, turbo
 
 STEPS = st.lists(
     st.one_of(

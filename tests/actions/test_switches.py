@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import tiny
-from tests.actions.switches import SWITCHES, Switch
-from tests.state import differences, state_of
 
 from diffusers_turbo import turbo
 from diffusers_turbo.parity import distance
+from tests import tiny
+from tests.actions.switches import SWITCHES, Switch
+from tests.state import differences, state_of
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
