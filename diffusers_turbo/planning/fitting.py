@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffusers_turbo.planning import gains
+from . import gains
 
 from .options import (
     GroupOffload,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffusers_turbo.planning import gains
+from . import gains
 
 from .conflicts import conflicts_with
 from .memory import fused_bytes, holds_scores
