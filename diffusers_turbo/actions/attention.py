@@ -19,6 +19,7 @@ from ..attention import (
     read_layer,
     why_kept,
 )
+from ..attention.xformers import load_ops
 from ..errors import NotSupportedError, explain_failure
 from ..planning import options as opt
 from ..planning.options import Options
@@ -40,38 +41,48 @@ def apply(pipe: Any, options: Options) -> Journal:
         NotSupportedError: no layer of the denoiser can take it; the reasons are listed.
     """
     tried, wanted = f"{options.action}()", processor_for(options)
-    denoiser_name, _ = denoiser_of(pipe, tried)
+    denoiser_name, denoiser = denoiser_of(pipe, tried)
     device = execution_device(pipe)
-    kept, auto, changed = Counter[str](), Counter[str](), Counter[str]()
+    changed = Counter[str]()
+    kept: dict[str, list[str]] = {}
+    auto: dict[str, list[str]] = {}
     with journaling() as journal:
         for component, root in modules_of(pipe).items():
             for name, attn in attention_layers(root).items():
-                if reason := why_kept(attn.processor):
-                    kept[f"{component}: {reason}"] += 1
-                    continue
                 layer = _on_device(read_layer(f"{component}.{name}", attn), device)
                 processor: TurboAttnProcessor = wanted
+                if reason := why_kept(attn.processor, layer.kind):
+                    kept.setdefault(f"{component}: {reason}", []).append(name)
+                    continue
                 if reasons := wanted.reasons_here(layer):
-                    auto[f"{component}: {'; '.join(reasons)}"] += 1
+                    auto.setdefault(f"{component}: {'; '.join(reasons)}", []).append(name)
                     processor = SDPAAttnProcessor()
                 else:
                     changed[component] += 1
                 journal.set_attribute(attn, "processor", processor)
         if not changed[denoiser_name]:
-            refused = {k: n for k, n in (kept + auto).items() if k.startswith(f"{denoiser_name}: ")}
-            found = (
-                "; ".join(f"{n} layers of {k}" for k, n in refused.items()) or f"no attention layers in {denoiser_name}"
-            )
-            needed = f"at least one layer of the {denoiser_name} that can take it"
+            refused = {k: names for k, names in {**kept, **auto}.items() if k.startswith(f"{denoiser_name}: ")}
+            found = "; ".join(f"{len(names)} layers of {k}" for k, names in refused.items())
             raise NotSupportedError(
-                explain_failure(tried, found, needed, "use another attention, or leave it as it is")
+                explain_failure(
+                    tried,
+                    found or f"no `Attention` layers in the {denoiser_name} ({type(denoiser).__name__})",
+                    f"at least one layer of the {denoiser_name} that can take it",
+                    "use another attention, or leave it as it is",
+                )
             )
-        journal.note(", ".join(f"{count} layers of {component}" for component, count in changed.items()))
-        for sentence, count in auto.items():
-            journal.note(f"{count} layers keep torch's own choice in {sentence}")
-        for sentence, count in kept.items():
-            journal.note(f"{count} layers left alone in {sentence}")
+        journal.note("set on " + ", ".join(f"{count} layers of {component}" for component, count in changed.items()))
+        for reason, names in auto.items():
+            journal.note(f"torch's own choice kept in {reason} ({_some(names)})")
+        for reason, names in kept.items():
+            journal.note(f"left alone in {reason} ({_some(names)})")
     return journal
+
+
+def _some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown, more = ", ".join(names[:3]), len(names) - 3
+    return f"{shown} and {more} more layers" if more > 0 else shown
 
 
 def processor_for(options: Options) -> TurboAttnProcessor:
@@ -80,6 +91,7 @@ def processor_for(options: Options) -> TurboAttnProcessor:
         case opt.SDPAAttention(backend=backend):
             return SDPAAttnProcessor(backend)
         case opt.XFormersAttention(attention_op=attention_op):
+            load_ops()  # a missing package is told apart from a kernel that does not run
             return XFormersAttnProcessor(attention_op)
         case opt.SlicedAttention(slice_size=slice_size, max_bytes=max_bytes):
             return SlicedAttnProcessor(slice_size, max_bytes)

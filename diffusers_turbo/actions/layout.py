@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..planning.options import ChannelsLast
-from .components import modules_of
+from .components import modules_of, require_plain_weights
 from .undo import Journal, journaling
 
 
@@ -37,6 +37,7 @@ class StrideChange:
 
 def apply(pipe: Any, options: ChannelsLast) -> Journal:
     """Exact: lay every 4-D weight out channels-last; activations follow from the first convolution on."""
+    require_plain_weights(pipe, "enable_channels_last()")
     changed = 0
     with journaling() as journal:
         for component, root in modules_of(pipe).items():

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..facts.pipeline import read_pipeline
 from ..planning.options import HalfPrecision
-from .components import modules_of
+from .components import modules_of, require_plain_weights
 from .undo import Journal, journaling, owned
 
 
@@ -70,7 +71,8 @@ def apply(pipe: Any, options: HalfPrecision) -> Journal:
 
     Weights that a model declares as float32-only (`_keep_in_fp32_modules`) stay.
     """
-    dtype = getattr(torch, options.dtype or "float16")
+    dtype = getattr(torch, options.dtype or read_pipeline(pipe).native_dtype)
+    require_plain_weights(pipe, f"{options.action}()")
     modules, kept_bytes, kept_fp32 = modules_of(pipe), 0, 0
     with journaling() as journal:
         journal.add(AddedMeanwhile(pipe, {id(owner) for _, owner, _, _ in floating_tensors(modules)}, dtype))
