@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from torch import nn
@@ -73,6 +74,23 @@ def _default_tile(pipe: Any, vae: Any) -> int:
     return min(DEFAULT_TILE, half)
 
 
+def _whole_overlap(latents: int, step: int, overlap: float) -> float:
+    """Return the overlap factor nearest to `overlap` at which a tile of `latents` moves on by whole latents.
+
+    AutoencoderKL truncates the stride in latents and the blended border in pixels apart from each other; where they do
+    not meet, its pictures come out too large or with rows missing.
+    """
+    strides = sorted(range(1, latents + 1), key=lambda stride: abs(1 - stride / latents - overlap))
+    for stride in strides:
+        exact = 1 - stride / latents
+        for factor in (exact, math.nextafter(exact, 1), math.nextafter(exact, 0)):
+            border = (latents - stride) * step
+            meets = int(latents * (1 - factor)) == stride and int(latents * step * factor) == border
+            if meets and int(latents * step * (1 - factor)) == stride * step and int(latents * factor) * step == border:
+                return factor
+    raise AssertionError("a tile that moves on by its whole side always meets")
+
+
 def _tile_attributes(vae: Any, tile: int, overlap: float, step: int, tried: str) -> dict[str, Any]:
     """Translate tile side (pixels) and overlap (fraction) into the attributes this class of autoencoder reads.
 
@@ -93,7 +111,7 @@ def _tile_attributes(vae: Any, tile: int, overlap: float, step: int, tried: str)
         return {
             "tile_sample_min_size": tile,
             "tile_latent_min_size": tile // step,
-            "tile_overlap_factor": overlap,
+            "tile_overlap_factor": _whole_overlap(tile // step, step, overlap),
         }
     parameters = inspect.signature(vae.enable_tiling).parameters
     stride = max(step, int(tile * (1 - overlap)) // step * step)

@@ -1,0 +1,79 @@
+"""The trace: right at sizes and batches that were not traced, saved and loaded, and never silently out of date."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.parity import distance
+from tests import tiny
+
+pytestmark = pytest.mark.filterwarnings(
+    # torch announces the end of TorchScript whenever one is called, saved or loaded
+    "ignore:`torch.jit:DeprecationWarning"
+)
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 64), (3, 64, 64), (1, 96, 64), (2, 128, 96)])
+def test_other_sizes_and_batches(make, batch, height, width):
+    pipe = turbo(make())
+    stock = tiny.picture(pipe, batch=batch, height=height, width=width)
+    pipe.trace_unet()
+    assert distance(tiny.picture(pipe, batch=batch, height=height, width=width), stock).psnr_db >= 90
+
+
+def test_return_dict_both_ways_and_signature_kept():
+    pipe = turbo(tiny.sd())
+    inputs = (torch.randn(2, 4, 8, 8), 7, torch.randn(2, 5, tiny.CONTEXT))
+    signature = inspect.signature(pipe.unet.forward)
+    with torch.no_grad():
+        eager = pipe.unet(*inputs).sample
+        pipe.trace_unet()
+        assert inspect.signature(pipe.unet.forward) == signature
+        torch.testing.assert_close(pipe.unet(*inputs).sample, eager, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(pipe.unet(*inputs, return_dict=False)[0], eager, atol=1e-5, rtol=1e-4)
+
+
+def test_save_and_load(tmp_path):
+    path = str(tmp_path / "unet.pt")
+    pipe = turbo(tiny.sd())
+    stock = tiny.picture(pipe)
+    pipe.trace_unet(save_path=path)
+    other = turbo(tiny.sd())
+    other.trace_unet(load_path=path)
+    assert distance(tiny.picture(other), stock).psnr_db >= 90
+
+
+def test_a_trace_of_another_unet_is_refused(tmp_path):
+    path = str(tmp_path / "unet.pt")
+    turbo(tiny.sd()).trace_unet(save_path=path)
+    other = turbo(tiny.sd())
+    with torch.no_grad():
+        other.unet.conv_in.weight.mul_(2)
+    with pytest.raises(
+        TurboError, match=r"found a trace .* away from the UNet at a size and batch that were not traced"
+    ):
+        other.trace_unet(load_path=path)
+    assert "forward" not in vars(other.unet)
+
+
+def test_a_lora_loaded_meanwhile_raises_instead_of_being_ignored():
+    pipe = turbo(tiny.sd())
+    pipe.trace_unet()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(TurboError, match=r"parameters were replaced since it was traced.*untrace_unet\(\)"):
+        tiny.picture(pipe)
+    pipe.untrace_unet()
+    tiny.picture(pipe)
+
+
+def test_an_argument_the_trace_has_no_input_for_raises():
+    pipe = turbo(tiny.sd())
+    pipe.trace_unet()
+    with pytest.raises(TurboError, match=r"the argument\(s\) cross_attention_kwargs"):
+        tiny.picture(pipe, cross_attention_kwargs={"scale": 0.5})
