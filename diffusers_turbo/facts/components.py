@@ -26,7 +26,7 @@ class ComponentFacts:
         parameter_count: how many parameters.
         devices: where the weights lie; "meta" where they are offloaded or were never made.
         largest_leaf_bytes: the largest single layer: what leaf-level and sequential offload hold at least.
-        largest_pair_bytes: the two largest neighbouring blocks: what block-level offload holds at a time.
+        block_bytes: sizes of the blocks in each of the module's lists of blocks, as block-level offload groups them.
         rest_bytes: weights outside blocks, which block-level offload keeps on the device during a forward.
         quantised: why the weights can't be cast or moved freely, None where they can.
         device_map: how the weights are spread over devices by accelerate, None where they are not.
@@ -41,7 +41,7 @@ class ComponentFacts:
     parameter_count: int = 0
     devices: tuple[str, ...] = ()
     largest_leaf_bytes: int = 0
-    largest_pair_bytes: int = 0
+    block_bytes: tuple[tuple[int, ...], ...] = ()
     rest_bytes: int = 0
     quantised: str | None = None
     device_map: str | None = None
@@ -75,7 +75,7 @@ def read_component(name: str, role: str, module: torch.nn.Module) -> ComponentFa
     for tensor, size in _storages(tensors):
         key = str(tensor.dtype).removeprefix("torch.")
         bytes_by_dtype[key] = bytes_by_dtype.get(key, 0) + size
-    largest_pair_bytes, rest_bytes = _block_sizes(module)
+    block_bytes = _block_bytes(module)
     return ComponentFacts(
         name=name,
         role=role,
@@ -84,8 +84,8 @@ def read_component(name: str, role: str, module: torch.nn.Module) -> ComponentFa
         parameter_count=sum(parameter.numel() for parameter in module.parameters()),
         devices=tuple(sorted({str(tensor.device) for tensor in tensors})),
         largest_leaf_bytes=max((_own_bytes(child) for child in module.modules()), default=0),
-        largest_pair_bytes=largest_pair_bytes,
-        rest_bytes=rest_bytes,
+        block_bytes=block_bytes,
+        rest_bytes=_all_bytes(module) - sum(map(sum, block_bytes)),
         quantised=_quantisation(module),
         device_map=_device_map(module),
         hooks=_hooks(module),
@@ -116,14 +116,12 @@ def _all_bytes(module: torch.nn.Module) -> int:
     return sum(size for _, size in _storages([*module.parameters(), *module.buffers()]))
 
 
-def _block_sizes(module: torch.nn.Module) -> tuple[int, int]:
-    """Return (largest pair of neighbouring blocks, weights outside blocks), blocks as group offload sees them."""
+def _block_bytes(module: torch.nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Return the sizes of the blocks in each list of blocks, as diffusers' group offload sees them."""
     import torch
 
     lists = [child for child in module.children() if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential))]
-    sizes = [_all_bytes(block) for blocks in lists for block in blocks]
-    pairs = [a + b for a, b in itertools.pairwise(sizes)] or sizes
-    return max(pairs, default=0), _all_bytes(module) - sum(sizes)
+    return tuple(tuple(_all_bytes(block) for block in blocks) for blocks in lists)
 
 
 def _quantisation(module: Any) -> str | None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import gains
-
 from .options import (
     GroupOffload,
     ModelOffload,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import gains
-
 from .conflicts import conflicts_with
 from .memory import fused_bytes, holds_scores
 from .options import (

@@ -50,9 +50,9 @@ def _sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def sd15(dtype: torch.dtype = torch.float16) -> StableDiffusionPipeline:
+def sd15(dtype: torch.dtype = torch.float16, device: str = "meta") -> StableDiffusionPipeline:
     """SD1.5 without its text encoder, as it was measured."""
-    with torch.device("meta"):
+    with torch.device(device):
         return StableDiffusionPipeline(
             unet=_sd15_unet().to(dtype),
             vae=_vae(512, False).to(dtype),
@@ -65,9 +65,9 @@ def sd15(dtype: torch.dtype = torch.float16) -> StableDiffusionPipeline:
         )
 
 
-def sdxl(dtype: torch.dtype = torch.float16) -> StableDiffusionXLPipeline:
+def sdxl(dtype: torch.dtype = torch.float16, device: str = "meta") -> StableDiffusionXLPipeline:
     """SDXL without its text encoders, as it was measured."""
-    with torch.device("meta"):
+    with torch.device(device):
         return StableDiffusionXLPipeline(
             unet=_sdxl_unet().to(dtype),
             vae=_vae(1024, True).to(dtype),
@@ -79,9 +79,9 @@ def sdxl(dtype: torch.dtype = torch.float16) -> StableDiffusionXLPipeline:
         )
 
 
-def pixart(dtype: torch.dtype = torch.bfloat16) -> PixArtAlphaPipeline:
+def pixart(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> PixArtAlphaPipeline:
     """PixArt-alpha at 1024, without its T5."""
-    with torch.device("meta"):
+    with torch.device(device):
         return PixArtAlphaPipeline(
             transformer=PixArtTransformer2DModel(sample_size=128, caption_channels=4096).to(dtype),
             vae=_vae(1024, True).to(dtype),

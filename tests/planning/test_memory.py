@@ -1,4 +1,8 @@
-"""The estimate against peaks measured on an H100 (torch 2.11, diffusers 0.42.1, fp16, no text encoder, 3 steps)."""
+"""The estimate against peaks measured on an H100.
+
+torch 2.11.0+cu130, diffusers 0.42.1, fp16 unless the row says otherwise, guidance on, no text encoder, 3 steps and
+decode, `torch.cuda.max_memory_allocated()`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,6 @@ from tests.planning.architectures import facts_of
 SDPA = SDPAAttention()
 TILES = VAETiling(tile_size=512)
 LEAVES = GroupOffload(offload_type="leaf_level", use_stream=True)
-BLOCKS = GroupOffload(num_blocks_per_group=1)
 
 # (architecture, pixels, batch, switches, measured MiB)
 MEASURED = [
@@ -32,7 +35,8 @@ MEASURED = [
     ("sd15", 512, 1, [SDPA], 2464),
     ("sd15", 512, 1, [SDPA, ChannelsLast()], 2300),
     ("sd15", 512, 1, [SDPA, ModelOffload()], 1816),
-    ("sd15", 512, 1, [SDPA, BLOCKS], 1120),
+    ("sd15", 512, 1, [SDPA, GroupOffload(num_blocks_per_group=1)], 814),
+    ("sd15", 512, 1, [SDPA, GroupOffload(num_blocks_per_group=2)], 1120),
     ("sd15", 512, 1, [SDPA, LEAVES], 644),
     ("sd15", 512, 1, [SDPA, SequentialOffload()], 644),
     ("sd15", 1024, 1, [NaiveAttention()], 18458),
@@ -48,15 +52,41 @@ MEASURED = [
     ("sdxl", 1024, 1, [SDPA, TILES], 6590),
     ("sdxl", 1024, 1, [SDPA, TILES, ModelOffload()], 5359),
     ("sdxl", 1024, 1, [SDPA, TILES, SequentialOffload()], 1267),
+    # a second series, taken to check the model on rows it was not fitted to
+    ("sd15", 512, 2, [SDPA], 3070),
+    ("sd15", 768, 1, [SDPA], 3226),
+    ("sd15", 768, 4, [SDPA], 7333),
+    ("sd15", 1024, 4, [SDPA], 11587),
+    ("sd15", 1024, 4, [SDPA, TILES], 4311),
+    ("sd15", 1024, 4, [SDPA, VAESlicing()], 4308),
+    ("sd15", 512, 1, [SDPA, FusedQKV()], 2574),
+    ("sd15", 1024, 1, [SlicedAttention()], 6193),
+    ("sd15", 1024, 2, [SDPA, ModelOffload()], 5067),
+    ("sd15", 512, 2, [SDPA, ChannelsLast()], 2884),
+    ("sd15", 512, 8, [SDPA, ChannelsLast()], 5961),
+    ("sd15", 1024, 1, [SDPA, ChannelsLast()], 3908),
+    ("sdxl", 768, 1, [SDPA], 8097),
+    ("sdxl", 1024, 2, [SDPA], 15108),
+    ("sdxl", 1024, 1, [SDPA, ChannelsLast()], 9455),
 ]
+MEASURED_FP32 = [("sd15", 512, 4869), ("sd15", 1024, 8534)]
+# cuDNN takes another algorithm for eight pictures in NCHW, with less workspace; the model stays on the safe side
+LOOSE = ("sd15", 512, 8, [SDPA], 5956)
 
 
 @pytest.mark.parametrize(("name", "side", "batch_size", "switches", "measured"), MEASURED)
-def test_the_estimate_is_within_six_percent_of_every_measured_peak(name, side, batch_size, switches, measured):
+def test_the_estimate_agrees_with_every_measured_peak(name, side, batch_size, switches, measured):
     estimate = estimate_memory(facts_of(name), side, side, batch_size, switches)
-    assert estimate.peak_bytes / MIB == pytest.approx(measured, rel=0.06)
+    too_high = 0.14 if (name, side, batch_size, switches, measured) == LOOSE else 0.08
+    assert -0.02 <= estimate.peak_bytes / MIB / measured - 1 <= too_high
     assert estimate.needed_bytes / MIB >= measured
     assert estimate.margin == MARGIN
+
+
+@pytest.mark.parametrize(("name", "side", "measured"), MEASURED_FP32)
+def test_the_estimate_agrees_in_float32_too(name, side, measured):
+    estimate = estimate_memory(facts_of(name, "float32"), side, side, 1, [SDPA])
+    assert estimate.peak_bytes / MIB == pytest.approx(measured, rel=0.02)
 
 
 def _peak(switches, side=1024, batch_size=1, name="sd15", dtype="float16"):

@@ -111,7 +111,7 @@ def test_a_smaller_budget_never_gives_a_less_thrifty_plan(case, card, side, batc
 
 
 def test_offload_grows_with_need_and_tiles_come_last():
-    ladder = [_on("H100", "sd15", vram_budget=budget, height=1024, width=1024) for budget in ("8GB", "3GB", "2.2GB")]
+    ladder = [_on("H100", "sd15", vram_budget=budget, height=1024, width=1024) for budget in ("8GB", "3GB", "2.3GB")]
     assert not any("offload" in action for action in _actions(ladder[0]))
     assert "enable_model_cpu_offload" in _actions(ladder[1])
     assert "enable_group_offload" in _actions(ladder[2])
