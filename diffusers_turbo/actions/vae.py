@@ -38,7 +38,8 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
             vae.enable_tiling()  # type: ignore[operator]
         for name, value in values.items():
             journal.set_attribute(vae, name, value)
-        journal.note(f"pictures above {tile} px a side are tiled; up to {tile} px nothing changes")
+        border = round(tile * values.get("tile_overlap_factor", overlap))
+        journal.note(f"pictures above {tile} px a side are tiled, {border} px blended; up to {tile} px nothing changes")
         own = _default_picture(pipe)
         if own is not None and own <= tile:
             journal.note(f"a no-op at this model's own size of {own} px: ask for a smaller tile_size to tile there")

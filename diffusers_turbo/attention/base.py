@@ -41,9 +41,10 @@ class TurboAttnProcessor(ABC):
 
     limits: ClassVar[tuple[Limits, ...]]
     tolerance: ClassVar[Mapping[torch.dtype, Tolerance]] = {
-        torch.float32: Tolerance(1e-5, 1e-5),
-        torch.float16: Tolerance(4e-3, 4e-3),
-        torch.bfloat16: Tolerance(3e-2, 3e-2),
+        # About twice the most that tests/attention/test_shapes.py sees, rounding of the projections included.
+        torch.float32: Tolerance(output=1e-5, gradient=1e-5),
+        torch.float16: Tolerance(output=2e-3, gradient=4e-3),
+        torch.bfloat16: Tolerance(output=1.5e-2, gradient=2e-2),
     }
 
     def reasons(self, layer: AttentionLayer) -> list[str]:

@@ -89,14 +89,16 @@ def layer(
     **options: Any,
 ) -> Attention:
     """An `Attention` layer whose weights make queries and keys of unit variance, so that the softmax has an opinion."""
+    with torch.device("meta"):
+        attn = Attention(query_dim=query_dim, heads=heads, dim_head=dim_head, **options)
+    attn.to_empty(device="cpu")
     torch.manual_seed(0)
-    attn = Attention(query_dim=query_dim, heads=heads, dim_head=dim_head, **options)
     with torch.no_grad():
         for name, parameter in attn.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-            elif "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.normal_(std=0.2).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return attn.to(device, dtype)
 
 
