@@ -65,9 +65,11 @@ MAKERS: dict[str, Callable[[], TurboAttnProcessor]] = {
     "sdpa-flash": lambda: SDPAAttnProcessor("flash"),
     "sdpa-math": lambda: SDPAAttnProcessor("math"),
     "sliced": SlicedAttnProcessor,
-    "sliced-rows": lambda: SlicedAttnProcessor("max", max_bytes=4096),
+    "sliced-rows": lambda: SlicedAttnProcessor("max", max_bytes=8192),
     "xformers": XFormersAttnProcessor,
 }
+# The bound that cuts a head by rows goes with the size of the layer.
+TINY_MAKERS = {**MAKERS, "sliced-rows": lambda: SlicedAttnProcessor("max", max_bytes=256)}
 GPU_MAKERS: dict[str, Callable[[], TurboAttnProcessor]] = {
     **MAKERS,
     "sdpa-efficient": lambda: SDPAAttnProcessor("efficient"),
@@ -76,6 +78,7 @@ GPU_MAKERS: dict[str, Callable[[], TurboAttnProcessor]] = {
 }
 
 every_processor = pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
+every_processor_on_tiny_layers = pytest.mark.parametrize("maker", TINY_MAKERS.values(), ids=TINY_MAKERS.keys())
 every_gpu_processor = pytest.mark.parametrize("maker", GPU_MAKERS.values(), ids=GPU_MAKERS.keys())
 
 

@@ -11,7 +11,7 @@ from diffusers.models import attention_processor as host
 from diffusers_turbo.attention import NaiveAttnProcessor, SDPAAttnProcessor, SlicedAttnProcessor
 from diffusers_turbo.attention.masks import attention_bias
 from diffusers_turbo.errors import InvalidOptionError
-from tests.attention.cases import every_processor, layer
+from tests.attention.cases import every_processor_on_tiny_layers, layer
 from tests.attention.reference import added_kv_reference, attention, distance, heads_of, linear, reference
 
 B, N, M, C, HEADS = 2, 11, 7, 32, 4
@@ -32,7 +32,7 @@ def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return distance(found, wanted) < 1e-5
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize(
     "mask_shape",
     [
@@ -63,7 +63,7 @@ def test_masks(maker, mask_shape, boolean):
     assert agree(attn(hidden, context, attention_mask=mask == 0 if boolean else mask), wanted)
 
 
-@every_processor
+@every_processor_on_tiny_layers
 def test_a_mask_may_be_wider_than_the_layer(maker):
     """fp32's lowest number is a common "not at all"; in fp16 it must not become -inf, which gives NaN on its own."""
     attn = layer(torch.float16)
@@ -116,7 +116,7 @@ def called(name: str, dtype: torch.dtype = torch.float32):
     return attn, hidden.to(dtype), context, temb
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize("name", PLAIN)
 def test_features(maker, name):
     attn, hidden, context, temb = called(name)
@@ -126,7 +126,7 @@ def test_features(maker, name):
     assert agree(attn(hidden, context, **arguments), wanted)
 
 
-@every_processor
+@every_processor_on_tiny_layers
 def test_images_in_channels_last(maker):
     attn = layer(norm_num_groups=4, residual_connection=True)
     hidden = noise(B, C, 3, 5)
@@ -146,7 +146,7 @@ def added_kv_layer(name: str, dtype: torch.dtype = torch.float32):
     return layer(dtype, bias=True, norm_num_groups=4, added_kv_proj_dim=16, **ADDED_KV[name])
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize("name", ADDED_KV)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_added_keys_and_values(maker, name, masked):
@@ -159,7 +159,7 @@ def test_added_keys_and_values(maker, name, masked):
     assert agree(attn(hidden, context, attention_mask=mask), wanted)
 
 
-@every_processor
+@every_processor_on_tiny_layers
 def test_added_keys_without_a_context_come_from_the_states_before_the_norm(maker):
     attn = layer(bias=True, norm_num_groups=4, added_kv_proj_dim=C)
     hidden = noise(B, C, 3, 5)
@@ -171,7 +171,7 @@ def test_added_keys_without_a_context_come_from_the_states_before_the_norm(maker
 JOINT = {"added_kv_proj_dim": 16, "out_context_dim": 16, "bias": True}
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize("last", [False, True], ids=["", "context_pre_only"])
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_joint_attention(maker, last, fused):
@@ -213,7 +213,7 @@ IGNORED = {
 }
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize(
     ("theirs", "name"),
     [(t, name) for t in HOST["plain"] for name in PLAIN if (type(t()).__name__, name) not in IGNORED],
@@ -228,7 +228,7 @@ def test_agrees_with_diffusers_on_plain_layers(maker, theirs, name):
     assert agree(attn(hidden, context, **arguments), wanted)
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize("theirs", HOST["added_kv"])
 @pytest.mark.parametrize("name", ADDED_KV)
 def test_agrees_with_diffusers_on_added_keys(maker, theirs, name):
@@ -241,7 +241,7 @@ def test_agrees_with_diffusers_on_added_keys(maker, theirs, name):
     assert agree(attn(hidden, context, attention_mask=mask), wanted)
 
 
-@every_processor
+@every_processor_on_tiny_layers
 def test_agrees_with_diffusers_on_joint_layers(maker):
     attn = layer(context_pre_only=False, **JOINT)
     arguments = (noise(B, N, C), noise(B, M, 16))
@@ -290,7 +290,7 @@ def test_upcasting_the_scores_keeps_fp16_from_overflowing(maker):
             assert distance(output, reference(wide, noise(1, N, C).half().float())) < 0.02
 
 
-@every_processor
+@every_processor_on_tiny_layers
 @pytest.mark.parametrize("context_width", [None, 16], ids=["self", "cross"])
 def test_fused_projections_are_used_and_an_adapter_is_never_bypassed(maker, context_width):
     attn = layer(bias=True, cross_attention_dim=context_width)
@@ -321,7 +321,7 @@ def test_fused_projections_are_used_and_an_adapter_is_never_bypassed(maker, cont
     assert not agree(attn(hidden, context), wanted)
 
 
-@every_processor
+@every_processor_on_tiny_layers
 def test_autocast(maker):
     attn = layer(cross_attention_dim=16, cross_attention_norm="layer_norm", qk_norm="layer_norm")
     hidden, context = noise(B, N, C), noise(B, M, 16)
@@ -332,7 +332,7 @@ def test_autocast(maker):
     assert distance(output, wanted) < 0.03
 
 
-@every_processor
+@every_processor_on_tiny_layers
 def test_unknown_arguments_are_accepted(maker):
     attn, hidden = layer(), noise(B, N, C)
     wanted = maker()(attn, hidden)

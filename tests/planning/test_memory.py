@@ -6,21 +6,21 @@ decode, `torch.cuda.max_memory_allocated()`.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from diffusers_turbo.planning.memory import MARGIN, estimate_memory
 from diffusers_turbo.planning.options import (
-    ChannelsLast,
     FusedQKV,
     GroupOffload,
     HalfPrecision,
-    ModelOffload,
     NaiveAttention,
     SDPAAttention,
-    SequentialOffload,
     SlicedAttention,
-    VAESlicing,
     VAETiling,
+    make_options,
 )
 from diffusers_turbo.planning.units import MIB
 from tests.planning.architectures import facts_of
@@ -29,47 +29,18 @@ SDPA = SDPAAttention()
 TILES = VAETiling(tile_size=512)
 LEAVES = GroupOffload(offload_type="leaf_level", use_stream=True)
 
-# (architecture, pixels, batch, switches, measured MiB)
-MEASURED = [
-    ("sd15", 512, 1, [NaiveAttention()], 2936),
-    ("sd15", 512, 1, [SDPA], 2464),
-    ("sd15", 512, 1, [SDPA, ChannelsLast()], 2300),
-    ("sd15", 512, 1, [SDPA, ModelOffload()], 1816),
-    ("sd15", 512, 1, [SDPA, GroupOffload(num_blocks_per_group=1)], 814),
-    ("sd15", 512, 1, [SDPA, GroupOffload(num_blocks_per_group=2)], 1120),
-    ("sd15", 512, 1, [SDPA, LEAVES], 644),
-    ("sd15", 512, 1, [SDPA, SequentialOffload()], 644),
-    ("sd15", 1024, 1, [NaiveAttention()], 18458),
-    ("sd15", 1024, 1, [SDPA], 4288),
-    ("sd15", 1024, 1, [SDPA, TILES], 2470),
-    ("sd15", 1024, 1, [SDPA, TILES, ModelOffload()], 2207),
-    ("sd15", 2048, 1, [SDPA], 11587),
-    ("sd15", 2048, 1, [SDPA, TILES], 3937),
-    ("sd15", 512, 8, [SDPA], 5956),
-    ("sd15", 512, 8, [SDPA, VAESlicing()], 2899),
-    ("sdxl", 1024, 1, [NaiveAttention()], 10241),
-    ("sdxl", 1024, 1, [SDPA], 10243),
-    ("sdxl", 1024, 1, [SDPA, TILES], 6590),
-    ("sdxl", 1024, 1, [SDPA, TILES, ModelOffload()], 5359),
-    ("sdxl", 1024, 1, [SDPA, TILES, SequentialOffload()], 1267),
-    # a second series, taken to check the model on rows it was not fitted to
-    ("sd15", 512, 2, [SDPA], 3070),
-    ("sd15", 768, 1, [SDPA], 3226),
-    ("sd15", 768, 4, [SDPA], 7333),
-    ("sd15", 1024, 4, [SDPA], 11587),
-    ("sd15", 1024, 4, [SDPA, TILES], 4311),
-    ("sd15", 1024, 4, [SDPA, VAESlicing()], 4308),
-    ("sd15", 512, 1, [SDPA, FusedQKV()], 2574),
-    ("sd15", 1024, 1, [SlicedAttention()], 6193),
-    ("sd15", 1024, 2, [SDPA, ModelOffload()], 5067),
-    ("sd15", 512, 2, [SDPA, ChannelsLast()], 2884),
-    ("sd15", 512, 8, [SDPA, ChannelsLast()], 5961),
-    ("sd15", 1024, 1, [SDPA, ChannelsLast()], 3908),
-    ("sdxl", 768, 1, [SDPA], 8097),
-    ("sdxl", 1024, 2, [SDPA], 15108),
-    ("sdxl", 1024, 1, [SDPA, ChannelsLast()], 9455),
-]
-MEASURED_FP32 = [("sd15", 512, 4869), ("sd15", 1024, 8534)]
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+ROWS = json.loads((BENCHMARKS / "memory-peaks-h100.json").read_text())["rows"]
+
+
+def _read(row):
+    """(architecture, side in pixels, batch, switches, measured MiB) of one row of the raw data."""
+    switches = [make_options(action, **arguments) for action, arguments in row["options"]]
+    return row["architecture"], row["side_px"], row["batch_size"], switches, row["peak_allocated_mib"]
+
+
+MEASURED = [_read(row) for row in ROWS if row["dtype"] == "float16"]
+MEASURED_FP32 = [_read(row) for row in ROWS if row["dtype"] == "float32"]
 # cuDNN takes another algorithm for eight pictures in NCHW, with less workspace; the model stays on the safe side
 LOOSE = ("sd15", 512, 8, [SDPA], 5956)
 
@@ -83,9 +54,9 @@ def test_the_estimate_agrees_with_every_measured_peak(name, side, batch_size, sw
     assert estimate.margin == MARGIN
 
 
-@pytest.mark.parametrize(("name", "side", "measured"), MEASURED_FP32)
-def test_the_estimate_agrees_in_float32_too(name, side, measured):
-    estimate = estimate_memory(facts_of(name, "float32"), side, side, 1, [SDPA])
+@pytest.mark.parametrize(("name", "side", "batch_size", "switches", "measured"), MEASURED_FP32)
+def test_the_estimate_agrees_in_float32_too(name, side, batch_size, switches, measured):
+    estimate = estimate_memory(facts_of(name, "float32"), side, side, batch_size, switches)
     assert estimate.peak_bytes / MIB == pytest.approx(measured, rel=0.02)
 
 
