@@ -130,7 +130,7 @@ def main() -> None:
                 on_white(picture).save(data, "WEBP", lossless=True, quality=100, method=4)
                 # A fixed date makes the archive the same, byte for byte, on every run.
                 archive.writestr(zipfile.ZipInfo(f"{style}/{hexcode}.webp"), data.getvalue())
-            label = entry["label"].replace("’", "'")
+            label = entry["label"].replace("\u2019", "'")  # as people type it
             tags = [tag for tag in entry.get("tags", []) if tag not in label]
             captions.write(json.dumps({"hexcode": hexcode, "label": label, "tags": tags}, ensure_ascii=False) + "\n")
             kept += 1

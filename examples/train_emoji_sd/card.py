@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the card is Markdown, wrapped as it will read)
 """Write the model card from the logs, so that no figure in it is typed by hand.
 
     python card.py --model ../emoji_sd --log train_log.json

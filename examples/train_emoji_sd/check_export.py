@@ -47,7 +47,12 @@ def main() -> None:
 
     def draw() -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(EVAL_SEED)
-        options = dict(num_inference_steps=EVAL_STEPS, guidance_scale=4.0, generator=generator, output_type="pt")
+        options = {
+            "num_inference_steps": EVAL_STEPS,
+            "guidance_scale": 4.0,
+            "generator": generator,
+            "output_type": "pt",
+        }
         image = pipe(PROMPT, **options).images
         if image.shape != (1, 3, IMAGE_SIZE, IMAGE_SIZE) or not image.isfinite().all():
             raise ValueError(

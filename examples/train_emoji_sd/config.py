@@ -70,55 +70,55 @@ def caption(style: str, label: str, tags: list[str] | None = None) -> str:
     return ", ".join([f"a {style} emoji of {label}", *(tags or [])])
 
 
-VAE_CONFIG = dict(
-    sample_size=IMAGE_SIZE,
-    latent_channels=LATENT_CHANNELS,
-    block_out_channels=(32, 64, 64, 128),
-    layers_per_block=1,
-    norm_num_groups=16,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    scaling_factor=1.0,  # the latents are whitened inside quant_conv, see whiten.py
-    force_upcast=False,
-)
+VAE_CONFIG = {
+    "sample_size": IMAGE_SIZE,
+    "latent_channels": LATENT_CHANNELS,
+    "block_out_channels": (32, 64, 64, 128),
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 1.0,  # the latents are whitened inside quant_conv, see models.whiten
+    "force_upcast": False,
+}
 TEXT_WIDTH = 128
-TEXT_CONFIG = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=TEXT_WIDTH,
-    intermediate_size=4 * TEXT_WIDTH,
-    projection_dim=TEXT_WIDTH,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=MAX_TOKENS,
-    bos_token_id=VOCAB_SIZE - 2,
-    eos_token_id=VOCAB_SIZE - 1,
-    pad_token_id=VOCAB_SIZE - 1,
-)
+TEXT_CONFIG = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "projection_dim": TEXT_WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_TOKENS,
+    "bos_token_id": VOCAB_SIZE - 2,
+    "eos_token_id": VOCAB_SIZE - 1,
+    "pad_token_id": VOCAB_SIZE - 1,
+}
 UNET_CHANNELS = (128, 128, 192)
-UNET_CONFIG = dict(
-    sample_size=IMAGE_SIZE // 8,
-    in_channels=LATENT_CHANNELS,
-    out_channels=LATENT_CHANNELS,
-    block_out_channels=UNET_CHANNELS,
-    layers_per_block=1,
-    norm_num_groups=16,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=TEXT_WIDTH,
+UNET_CONFIG = {
+    "sample_size": IMAGE_SIZE // 8,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "block_out_channels": UNET_CHANNELS,
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": TEXT_WIDTH,
     # diffusers reads `attention_head_dim` as the number of heads here: every head is 32 wide, which all kernels take.
-    attention_head_dim=tuple(c // 32 for c in UNET_CHANNELS),
-)
+    "attention_head_dim": tuple(c // 32 for c in UNET_CHANNELS),
+}
 # The schedule of Stable Diffusion 1.x, so that every scheduler of diffusers can be swapped in.
-SCHEDULER_CONFIG = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    prediction_type="epsilon",
-)
+SCHEDULER_CONFIG = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

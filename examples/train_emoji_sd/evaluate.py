@@ -24,7 +24,8 @@ from sheets import contact_sheet, pair_sheet
 from torch import Tensor
 from train_vae import encode_all
 
-CONTACT_LABELS = """red apple; pizza; hamburger; banana; strawberry; cat face; dog face; octopus; tropical fish; butterfly;
+CONTACT_LABELS = """\
+red apple; pizza; hamburger; banana; strawberry; cat face; dog face; octopus; tropical fish; butterfly;
 rocket; airplane; bicycle; sailboat; fire engine; guitar; camera; alarm clock; light bulb; umbrella with rain drops;
 snowman; cactus; sunflower; evergreen tree; mushroom; grinning face with sweat; face with tears of joy; ghost; robot;
 red heart; soccer ball; trophy; wrapped gift; balloon; jack-o-lantern; castle; volcano; rainbow; owl; penguin"""
@@ -36,7 +37,12 @@ def generate(pipe: StableDiffusionPipeline, prompts: list[str], scale: float, ba
     for first in range(0, len(prompts), batch):
         chunk = prompts[first : first + batch]
         generators = [torch.Generator("cpu").manual_seed(EVAL_SEED + first + i) for i in range(len(chunk))]
-        options = dict(num_inference_steps=EVAL_STEPS, guidance_scale=scale, generator=generators, output_type="pt")
+        options = {
+            "num_inference_steps": EVAL_STEPS,
+            "guidance_scale": scale,
+            "generator": generators,
+            "output_type": "pt",
+        }
         images.append(pipe(chunk, **options).images.float())
     return torch.cat(images)
 
@@ -62,13 +68,13 @@ def score(
     error = (made - images[asked].float() / 255).square().mean(dim=(1, 2, 3))
     return {
         "guidance_scale": scale,
-        "concept_hits": sum(f.hexcode == w.hexcode for f, w in zip(found, wanted)),
-        "style_hits": sum(f.style == w.style for f, w in zip(found, wanted)),
-        "exact_hits": sum(f == w for f, w in zip(found, wanted)),
+        "concept_hits": sum(f.hexcode == w.hexcode for f, w in zip(found, wanted, strict=True)),
+        "style_hits": sum(f.style == w.style for f, w in zip(found, wanted, strict=True)),
+        "exact_hits": sum(f == w for f, w in zip(found, wanted, strict=True)),
         "psnr_to_training_image_db_median": round(-10 * error.log10().median().item(), 2),
         "distance_to_nearest_median": round(distances.median().item(), 2),
         "seconds": round(seconds, 2),
-        "misses": [f"{w.prompt} -> {f.prompt}" for f, w in zip(found, wanted) if f.hexcode != w.hexcode],
+        "misses": [f"{w.prompt} -> {f.prompt}" for f, w in zip(found, wanted, strict=True) if f.hexcode != w.hexcode],
     }
 
 

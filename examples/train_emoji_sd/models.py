@@ -44,17 +44,17 @@ def train_tokenizer(prompts: list[str], folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    config = dict(
-        tokenizer_class="CLIPTokenizer",
-        model_max_length=MAX_TOKENS,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        do_lower_case=True,
-        add_prefix_space=False,
-        errors="replace",
-    )
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_TOKENS,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     return CLIPTokenizer.from_pretrained(folder)
 

@@ -25,7 +25,7 @@ def contact_sheet(images: Tensor, prompts: list[str]) -> Image.Image:
     rows = -(-len(prompts) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * width, rows * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for i, (picture, prompt) in enumerate(zip(to_pictures(images), prompts)):
+    for i, (picture, prompt) in enumerate(zip(to_pictures(images), prompts, strict=True)):
         x, y = (i % COLUMNS) * width + MARGIN, (i // COLUMNS) * height
         sheet.paste(picture, (x, y))
         text = "\n".join(textwrap.wrap(prompt, 22)[:3])
@@ -38,7 +38,7 @@ def pair_sheet(originals: Tensor, copies: Tensor) -> Image.Image:
     size = originals.shape[-1]
     rows = -(-len(originals) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * size, 2 * rows * size), "white")
-    for i, pair in enumerate(zip(to_pictures(originals), to_pictures(copies))):
+    for i, pair in enumerate(zip(to_pictures(originals), to_pictures(copies), strict=True)):
         for below, picture in enumerate(pair):
             sheet.paste(picture, ((i % COLUMNS) * size, (2 * (i // COLUMNS) + below) * size))
     return sheet

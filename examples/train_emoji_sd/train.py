@@ -129,11 +129,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     args.run.mkdir(parents=True, exist_ok=True)
-    smoke = dict(batch=4, max_steps=20) if args.smoke else {}
+    smoke = {"batch": 4, "max_steps": 20} if args.smoke else {}
     if args.stage in ("vae", "all"):
         vae_stage(args, dataclasses.replace(VAE_TRAINING, seconds=args.vae_seconds, **smoke), device)
     if args.stage in ("unet", "all"):
-        options = dict(seconds=args.unet_seconds, peak_lr=args.unet_lr)
+        options = {"seconds": args.unet_seconds, "peak_lr": args.unet_lr}
         unet_stage(args, dataclasses.replace(UNET_TRAINING, **options, **smoke), device)
 
 

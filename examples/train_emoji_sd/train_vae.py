@@ -43,7 +43,7 @@ def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 128) -> Tensor:
 def psnr(vae: AutoencoderKL, images: Tensor, latents: Tensor, batch: int = 128) -> Tensor:
     """Per-image PSNR in dB of decoded latents against uint8 images, `[N]`."""
     values = []
-    for chunk, z in zip(images.split(batch), latents.split(batch)):
+    for chunk, z in zip(images.split(batch), latents.split(batch), strict=True):
         output = (vae.decode(z).sample.clamp(-1, 1) + 1) / 2
         values.append(-10 * (output - chunk.float() / 255).square().mean(dim=(1, 2, 3)).log10())
     return torch.cat(values)
