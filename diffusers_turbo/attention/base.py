@@ -8,7 +8,6 @@ stands here once; a subclass only says how `[B, H, N, D]` queries meet keys and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +39,7 @@ class TurboAttnProcessor(ABC):
     """
 
     limits: ClassVar[tuple[Limits, ...]]
-    tolerance: ClassVar[Mapping[torch.dtype, Tolerance]] = {
+    tolerance: ClassVar[dict[torch.dtype, Tolerance]] = {
         # About twice the most that tests/attention/test_shapes.py sees, rounding of the projections included.
         torch.float32: Tolerance(output=1e-5, gradient=1e-5),
         torch.float16: Tolerance(output=2e-3, gradient=4e-3),

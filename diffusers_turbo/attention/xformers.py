@@ -16,6 +16,7 @@ from diffusers_turbo.errors import MissingPackageError, explain_failure
 from .alignment import align_bias, whole_vectors
 from .base import TurboAttnProcessor
 from .limits import AttentionLayer, Limits
+from .sdpa import SDPAAttnProcessor
 
 _XFORMERS_SOURCE = "https://github.com/facebookresearch/xformers/blob/main/xformers/ops/fmha"
 
@@ -43,6 +44,8 @@ class XFormersAttnProcessor(TurboAttnProcessor):
             },
         ),
     )
+
+    tolerance = SDPAAttnProcessor.tolerance  # the same kernels
 
     def __init__(self, attention_op: Any = None) -> None:
         self.attention_op = attention_op
@@ -153,9 +156,8 @@ def _backward(
     backward_op: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    grads = load_ops().memory_efficient_attention_backward(
-        grad, output, log_sum, query, key, value, attn_bias=bias, scale=scale, op=_op_named("ALL_BW_OPS", backward_op)
-    )
+    backward, operator = load_ops().memory_efficient_attention_backward, _op_named("ALL_BW_OPS", backward_op)
+    grads = backward(grad.contiguous(), output, log_sum, query, key, value, attn_bias=bias, scale=scale, op=operator)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
