@@ -83,7 +83,7 @@ class SlicedAttnProcessor(TurboAttnProcessor):
     """The naive formula on a few heads, and where need be a few query rows, at a time.
 
     For GPUs and devices without a fused kernel. Where `F.scaled_dot_product_attention` has one, that needs less memory
-    than any slice, and less time.
+    than any slice, and less time. Compiled, the loop over slices is unrolled, and a new size is a new graph.
 
     Args:
         slice_size: heads at a time: "auto" (half of them), "max" (one), a number, or None (all).

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from diffusers_turbo.attention import SDPAAttnProcessor, sdpa
+from diffusers_turbo.attention import SDPAAttnProcessor, read_layer, sdpa
 from diffusers_turbo.attention.alignment import align_bias, whole_vectors
 from diffusers_turbo.errors import InvalidOptionError, NotSupportedError
 from tests.attention.cases import layer
@@ -94,6 +94,29 @@ def test_an_error_that_limits_do_not_explain_is_passed_on():
     with pytest.raises(RuntimeError) as caught:
         SDPAAttnProcessor("math").attend(layer(), query, torch.randn(1, 2, 5, 7), query, None)
     assert not isinstance(caught.value, NotSupportedError)
+
+
+def test_a_trial_call_says_what_a_kernel_says(monkeypatch):
+    sdpa.trial.cache_clear()
+    cpu = torch.device("cpu")
+    assert sdpa.trial("flash", cpu, torch.float32, 40) is None
+    assert sdpa.trial("efficient", cpu, torch.float32, 40).startswith(
+        "a trial call of SDPA efficient failed: Could not run"
+    )
+    kernels = {"flash": lambda query, *_: query * float("nan")}
+    monkeypatch.setattr(sdpa, "KERNELS", kernels)
+    assert sdpa.trial("flash", cpu, torch.float32, 40) is None  # remembered
+    assert sdpa.trial("flash", cpu, torch.float32, 80) == "a trial call of SDPA flash gave NaN"
+    sdpa.trial.cache_clear()
+
+
+@pytest.mark.parametrize(("backend", "asked"), [("auto", False), ("math", False), ("flash", True), ("cudnn", False)])
+def test_reasons_here_try_a_named_kernel_that_the_limits_allow(backend, asked, monkeypatch):
+    trials = []
+    monkeypatch.setattr(sdpa, "trial", lambda *args: trials.append(args) or "broken driver")
+    found = SDPAAttnProcessor(backend).reasons_here(read_layer("", layer()))
+    assert found == (["broken driver"] if asked else SDPAAttnProcessor(backend).reasons(read_layer("", layer())))
+    assert bool(trials) is asked
 
 
 def test_cudnn_takes_a_single_key():
