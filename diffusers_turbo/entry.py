@@ -12,12 +12,11 @@ import os
 from typing import Any, TypeVar
 
 from .actions.apply import apply_plan
-from .actions.components import execution_device
 from .actions.ledger import open_ledger
 from .attention import best_memory_efficient
 from .errors import NotSupportedError, explain_failure
 from .facts.device import probe
-from .facts.pipeline import read_pipeline
+from .facts.pipeline import execution_device, require_pipeline
 from .mixin import TurboMixin
 from .planning.planner import plan as make_plan
 
@@ -39,7 +38,7 @@ def turbo(pipe: PipeT) -> PipeT:
     Raises:
         NotSupportedError: `pipe` is no diffusers pipeline, or has no denoiser.
     """
-    read_pipeline(pipe)
+    require_pipeline(pipe, "turbo(pipe)")
     if not isinstance(pipe, TurboMixin):
         object.__setattr__(pipe, "__class__", turbo_class(type(pipe)))  # type: ignore[arg-type]
         if os.environ.get(ENVIRONMENT_VARIABLE) == "1":

@@ -67,12 +67,21 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 
 def _tensor(tensor: torch.Tensor) -> dict[str, Any]:
-    meta = tensor.device.type == "meta"
     return {
         "id": id(tensor),
         "dtype": tensor.dtype,
         "device": str(tensor.device),
         "stride": tensor.stride(),
         "shape": tuple(tensor.shape),
-        "bits": None if meta else hash(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()),
+        "bits": _bits(tensor.detach()),
     }
+
+
+def _bits(tensor: torch.Tensor) -> int | None:
+    """A number that any changed bit changes: a hash on the CPU; on a GPU, where weights are large, a sum of words."""
+    if tensor.device.type == "meta":
+        return None
+    if tensor.device.type == "cpu":
+        return hash(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size(), torch.uint8)
+    return int(tensor.contiguous().view(words).sum(dtype=torch.int64))

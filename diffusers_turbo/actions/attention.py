@@ -19,11 +19,13 @@ from ..attention import (
     read_layer,
     why_kept,
 )
+from ..attention.sliced import check_slice_size
 from ..attention.xformers import load_ops
 from ..errors import NotSupportedError, explain_failure
+from ..facts.pipeline import execution_device
 from ..planning import options as opt
 from ..planning.options import Options
-from .components import denoiser_of, execution_device, modules_of
+from .components import denoiser_of, modules_of
 from .undo import Journal, journaling
 
 
@@ -46,10 +48,12 @@ def apply(pipe: Any, options: Options) -> Journal:
     changed = Counter[str]()
     kept: dict[str, list[str]] = {}
     auto: dict[str, list[str]] = {}
+    if isinstance(options, opt.SlicedAttention):
+        check_slice_size(options.slice_size, (_read(denoiser_name, a) for a in attention_layers(denoiser).values()))
     with journaling() as journal:
         for component, root in modules_of(pipe).items():
             for name, attn in attention_layers(root).items():
-                layer = _on_device(read_layer(f"{component}.{name}", attn), device)
+                layer = _on_device(_read(f"{component}.{name}", attn), device)
                 processor: TurboAttnProcessor = wanted
                 if reason := why_kept(attn.processor, layer.kind):
                     kept.setdefault(f"{component}: {reason}", []).append(name)
@@ -77,6 +81,11 @@ def apply(pipe: Any, options: Options) -> Journal:
         for reason, names in kept.items():
             journal.note(f"left alone in {reason} ({_some(names)})")
     return journal
+
+
+def _read(name: str, attn: Any) -> AttentionLayer:
+    """Describe a layer. A transformer's cross-attention is given a mask of the prompt's padding, a UNet's is not."""
+    return read_layer(name, attn, masked=name.startswith("transformer.") and attn.is_cross_attention)
 
 
 def _some(names: list[str]) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..facts.components import read_component
-from ..facts.pipeline import DENOISERS
+from ..facts.pipeline import require_pipeline
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
@@ -23,17 +22,8 @@ def denoiser_of(pipe: Any, tried: str) -> tuple[str, nn.Module]:
     Raises:
         NotSupportedError: the pipeline has none.
     """
-    modules = modules_of(pipe)
-    name = next((name for name in DENOISERS if name in modules), None)
-    if name is None:
-        found, needed = f"{type(pipe).__name__} without a denoiser", f"one of {', '.join(DENOISERS)}"
-        raise NotSupportedError(explain_failure(tried, found, needed, "use a pipeline that has one"))
-    return name, modules[name]
-
-
-def execution_device(pipe: Any) -> torch.device:
-    """Return the device the pipeline works on, wherever offloaded weights wait."""
-    return torch.device(pipe._execution_device)
+    name = require_pipeline(pipe, tried)
+    return name, getattr(pipe, name)
 
 
 def component(pipe: Any, name: str, tried: str) -> nn.Module:

@@ -1,14 +1,16 @@
 """The UNet through torch.jit.trace, as diffusers' "Memory and speed" guide describes it, in place and checked.
 
-A trace bakes in what Python decided while it was made: the processors, the dtype, the modules. It is checked at a
-size and a batch that were not traced, and before every call the parameters are compared with those that were traced,
-so that a LoRA loaded meanwhile raises an error instead of being ignored.
+A trace bakes in what Python decided while it was made: the processors, the dtype, the modules, LoRA's and FreeU's
+numbers. It is checked at a size and a batch that were not traced. Before every call all that is compared with what
+was traced, and where it changed, the UNet is traced anew; an argument that the trace has no input for takes the
+UNet's own forward.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from ..errors import NotSupportedError, explain_failure
 from ..planning.options import TraceUNet
 from .components import component, require_plain_weights
 from .undo import Journal, journaling
+
+logger = logging.getLogger("diffusers_turbo")
 
 TRIED = "trace_unet()"
 
@@ -46,6 +50,10 @@ class _TensorsOnly(nn.Module):
 
 ADDED = ("text_embeds", "time_ids")
 
+PLAIN_NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
+"""Attributes of modules that change what a UNet computes: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
+(diffusers.utils.torch_utils.apply_freeu)."""
+
 
 class TracedForward:
     """Stands in for the UNet's `forward`, with its name and signature."""
@@ -55,18 +63,14 @@ class TracedForward:
         functools.update_wrapper(self, unet.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the trace.
-
-        Raises:
-            NotSupportedError: an argument was given that the trace has no input for.
-        """
+        """Run the trace, or the UNet itself where an argument was given that the trace has no input for."""
         given = {k: v for k, v in inspect.signature(self).bind(*args, **kwargs).arguments.items() if v is not None}
         return_dict = given.pop("return_dict", True)
         sample, timestep, context = (given.pop(name) for name in ("sample", "timestep", "encoder_hidden_states"))
         added = given.pop("added_cond_kwargs", None) or {}
-        if given or set(added) - set(ADDED):
-            found = f"the argument(s) {', '.join([*given, *(set(added) - set(ADDED))])}"
-            raise NotSupportedError(explain_failure(TRIED, found, "only what was traced", "call untrace_unet() first"))
+        if strange := [*given, *(set(added) - set(ADDED))]:
+            logger.warning("%s: no input for %s, the UNet runs eagerly", TRIED, ", ".join(strange))
+            return self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, device=sample.device)
         output = self.traced(sample, timestep, context, *(added[name] for name in ADDED if name in added))
@@ -83,13 +87,13 @@ class TracedForward:
 
 @dataclass
 class TraceOn:
-    """A UNet whose `forward` is a trace; also the call scope that notices when the trace is out of date."""
+    """A UNet whose `forward` is a trace; also the call scope that traces anew when the trace is out of date."""
 
     pipe: Any
     unet: nn.Module
     options: TraceUNet
     forward: TracedForward
-    traced_parameters: tuple[int, ...]
+    baked_in: list[Any]
 
     def revert(self) -> str | None:
         """Take the trace off, unless another `forward` was put in its place."""
@@ -100,21 +104,18 @@ class TraceOn:
 
     def after_copy(self) -> None:
         """Trace the copied UNet anew."""
-        vars(self.unet).pop("forward", None)
+        del self.unet.forward
         self.forward = TracedForward(self.unet, traced_module(self.unet, self.options))
         self.unet.forward = self.forward
-        self.traced_parameters = parameter_identities(self.unet)
+        self.baked_in = what_a_trace_bakes_in(self.unet)
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
-        """Refuse the call when parameters came or went since the trace was made."""
-        if parameter_identities(self.unet) != self.traced_parameters:
-            found = "a UNet whose parameters were replaced since it was traced (a LoRA, new weights)"
-            raise NotSupportedError(
-                explain_failure(
-                    "a call under trace_unet()", found, "the UNet that was traced", "untrace_unet() and trace anew"
-                )
-            )
+        """Trace anew when what the trace baked in has changed, then run the call."""
+        replaced = vars(self.unet).get("forward") is not self.forward
+        if not replaced and what_a_trace_bakes_in(self.unet) != self.baked_in:
+            logger.warning("%s: the UNet changed since it was traced (a LoRA, FreeU, new weights): traced anew", TRIED)
+            self.after_copy()
         yield
 
 
@@ -139,7 +140,7 @@ def apply(pipe: Any, options: TraceUNet) -> Journal:
     with journaling() as journal:
         forward = TracedForward(unet, traced)
         unet.forward = forward
-        change = TraceOn(pipe, unet, options, forward, parameter_identities(unet))
+        change = TraceOn(pipe, unet, options, forward, what_a_trace_bakes_in(unet))
         journal.add(change)
         journal.scopes.append(change)
         if options.check:
@@ -147,9 +148,14 @@ def apply(pipe: Any, options: TraceUNet) -> Journal:
     return journal
 
 
-def parameter_identities(unet: nn.Module) -> tuple[int, ...]:
-    """Return the identities of the UNet's parameters, in order."""
-    return tuple(map(id, unet.parameters()))
+def what_a_trace_bakes_in(unet: nn.Module) -> list[Any]:
+    """Return what a trace of the UNet would fix: which parameters, and the plain numbers of LoRA layers and FreeU."""
+    baked: list[Any] = list(map(id, unet.parameters()))
+    for module in unet.modules():
+        numbers = {name: vars(module)[name] for name in PLAIN_NUMBERS if name in vars(module)}
+        if numbers:
+            baked.append(repr(numbers))
+    return baked
 
 
 def example_inputs(unet: Any, options: TraceUNet, *, other: bool = False) -> tuple[Tensor, ...]:

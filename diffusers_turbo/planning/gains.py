@@ -74,8 +74,15 @@ LAYOUT_GAINS: dict[str, LayoutGain] = {
 }
 LAYOUT_GAINS["sd21"] = LAYOUT_GAINS["sd15"]
 
-CPU_LAYOUT: LayoutGain | None = None
-"""Channels-last on a CPU: not measured yet, so no plan takes it."""
+CPU_LAYOUT_SECONDS = (14.96, 14.84)
+"""One SD1.5 step at 512x512 on two CPU cores, plain and channels-last. Source: docs/benchmarks/cpu-levers.json."""
+
+CPU_TRACE_SECONDS = (1.953, 1.553)
+"""A 20-step picture of the emoji model on two CPU cores, eager and traced. Source: docs/benchmarks/cpu-levers.json."""
+
+CPU_TRACE_PARAMETERS = 11_470_000
+"""Parameters of the UNet that was traced there. A trace saves the Python between the kernels, a share of the time that
+shrinks as kernels grow, so nothing is promised above this size."""
 
 NAIVE_STEP_MS, SDPA_STEP_MS = 18.95, 12.3
 """One SD1.5 step at 512x512 as a CUDA graph with naive attention and with SDPA. Source: H100, as above."""

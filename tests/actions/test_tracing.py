@@ -62,18 +62,39 @@ def test_a_trace_of_another_unet_is_refused(tmp_path):
     assert "forward" not in vars(other.unet)
 
 
-def test_a_lora_loaded_meanwhile_raises_instead_of_being_ignored():
-    pipe = turbo(tiny.sd())
-    pipe.trace_unet()
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(TurboError, match=r"parameters were replaced since it was traced.*untrace_unet\(\)"):
-        tiny.picture(pipe)
-    pipe.untrace_unet()
-    tiny.picture(pipe)
+def change_lora_scale(pipe):
+    pipe.unet.set_adapters(["default"], weights=[0.3])
 
 
-def test_an_argument_the_trace_has_no_input_for_raises():
+CHANGES = {
+    "a LoRA": [lambda pipe: pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))],
+    "its scale": [
+        lambda pipe: pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)),
+        change_lora_scale,
+    ],
+    "FreeU": [lambda pipe: pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.4, b2=1.6)],
+    "weights in place": [lambda pipe: pipe.unet.conv_in.weight.data.mul_(1.5)],
+    "weights replaced": [lambda pipe: setattr(pipe.unet, "conv_in", tiny.unet().conv_in)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_what_changes_meanwhile_is_in_the_picture(change):
+    traced, plain = turbo(tiny.sd()), tiny.sd()
+    stock = tiny.picture(plain)
+    traced.trace_unet()
+    for step in CHANGES[change]:
+        for pipe in (traced, plain):
+            torch.manual_seed(2)
+            step(pipe)
+        wanted = tiny.picture(plain)
+        assert distance(wanted, stock).psnr_db < 80
+        assert distance(tiny.picture(traced), wanted).psnr_db >= 90
+
+
+def test_an_argument_the_trace_has_no_input_for_runs_the_unet_itself(caplog):
     pipe = turbo(tiny.sd())
+    stock = tiny.picture(pipe, cross_attention_kwargs={"scale": 0.5})
     pipe.trace_unet()
-    with pytest.raises(TurboError, match=r"the argument\(s\) cross_attention_kwargs"):
-        tiny.picture(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(tiny.picture(pipe, cross_attention_kwargs={"scale": 0.5}), stock)
+    assert "no input for cross_attention_kwargs, the UNet runs eagerly" in caplog.text
