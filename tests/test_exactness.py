@@ -16,7 +16,7 @@ from tests.exactness import Embeddings, embed, make_pictures, wrong_variants
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji_sd"
 PAIRS = 64
 CUDA = torch.cuda.is_available()
-STEPS = 20 if CUDA else 3
+STEPS = 20 if CUDA else 2
 
 EXACT_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa": ("enable_sdpa", {}),
