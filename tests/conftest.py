@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 
 from tests import tiny
 
@@ -15,6 +17,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class _TorchWithoutAccelerators:
+    """torch, but for the attribute that diffusers before 0.42 asks for a device and gets None without a GPU."""
+
+    def __getattr__(self, name: str):
+        if name == "accelerator":
+            raise AttributeError(name)
+        return getattr(torch, name)
+
+
+@pytest.fixture(autouse=True)
+def _group_offload_without_an_accelerator(monkeypatch):
+    """Let an older diffusers offload from the CPU to the CPU, as the newer ones do, so that its hooks can be tested."""
+    if not torch.accelerator.is_available() and Version(diffusers.__version__) < Version("0.42"):
+        monkeypatch.setattr("diffusers.hooks.group_offloading.torch", _TorchWithoutAccelerators())
 
 
 @pytest.fixture
