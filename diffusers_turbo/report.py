@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedLever:
-    """One lever: the method that switched it on, its options, and what it said of itself."""
+    """One lever: the method that switched it on, all its options, those not left at their default, what it says."""
 
     action: str
     options: dict[str, Any]
+    given: dict[str, Any]
     slot: str
     exact: bool
     lossy_reason: str | None
@@ -44,7 +45,7 @@ class Report:
         for lever in self.levers:
             state = "" if lever.in_force else " (covered by the one after it)"
             kind = "exact" if lever.exact else f"LOSSY: {lever.lossy_reason}"
-            lines.append(f"  {_call(lever.action, lever.options)}{state}  [{kind}]")
+            lines.append(f"  {_call(lever.action, lever.given)}{state}  [{kind}]")
             lines.extend(f"      {note}" for note in lever.notes)
         if self.left_alone:
             lines.append("  left alone, since it was changed by others:")
@@ -60,8 +61,7 @@ class Report:
 
 
 def _call(action: str, options: dict[str, Any]) -> str:
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
-    return f"{action}({given})"
+    return f"{action}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
 
 def report_on(pipe: Any, ledger: Any, left_alone: tuple[str, ...] = ()) -> Report:
@@ -74,6 +74,7 @@ def report_on(pipe: Any, ledger: Any, left_alone: tuple[str, ...] = ()) -> Repor
                 ReportedLever(
                     action=options.action,
                     options=options.as_dict(),
+                    given={f.name: value for f in fields(options) if (value := getattr(options, f.name)) != f.default},
                     slot=slot,
                     exact=options.exact,
                     lossy_reason=options.lossy_reason,

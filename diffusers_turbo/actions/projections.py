@@ -20,8 +20,12 @@ from ..planning.options import FusedQKV
 from .components import denoiser_of, modules_of, require_plain_weights
 from .undo import Journal, journaling
 
-FUSED_NAMES = ("to_qkv", "to_kv", "to_added_qkv", "fused_projections")
-"""What diffusers' `Attention.fuse_projections()` sets on a layer."""
+FUSED_FROM = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""The modules that diffusers' `Attention.fuse_projections()` adds to a layer, and what each is a copy of."""
 
 
 @dataclass
@@ -55,7 +59,7 @@ def apply(pipe: Any, options: FusedQKV) -> Journal:
         raise NotSupportedError(explain_failure(tried, found, "plain nn.Linear projections", "unload adapters first"))
     with journaling() as journal:
         for attn in fusable:
-            with journal.watching(attn, *FUSED_NAMES):
+            with journal.watching(attn, *FUSED_FROM, "fused_projections"):
                 attn.fuse_projections()
         journal.scopes.append(RefillFused(fusable))
         journal.note(f"{len(fusable)} of {len(layers)} layers fused in {', '.join(roots)}")
@@ -70,16 +74,11 @@ def _plain_projections(attn: Any) -> bool:
 
 @torch.no_grad()
 def _refill(attn: Any) -> None:
-    name, parts = ("to_kv", ("to_k", "to_v")) if attn.is_cross_attention else ("to_qkv", ("to_q", "to_k", "to_v"))
-    fused, sources = getattr(attn, name, None), [getattr(attn, part) for part in parts]
-    if fused is None or not all(type(source) is nn.Linear for source in sources):
-        return
-    for field in ("weight", "bias"):
-        target = getattr(fused, field)
-        if target is None or target.device.type == "meta":
+    for name, parts in FUSED_FROM.items():
+        fused, sources = getattr(attn, name, None), [getattr(attn, part, None) for part in parts]
+        if fused is None or not all(type(source) is nn.Linear for source in sources):
             continue
-        start = 0
-        for source in sources:
-            rows = getattr(source, field)
-            target[start : start + rows.shape[0]].copy_(rows)
-            start += rows.shape[0]
+        for field in ("weight", "bias"):
+            target = getattr(fused, field)
+            if target is not None and target.device.type != "meta":
+                target.copy_(torch.cat([getattr(source, field) for source in sources]))

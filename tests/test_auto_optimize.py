@@ -1,0 +1,70 @@
+"""auto_optimize: the plan is applied as it stands, wholly or not at all, and comes off without a trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_turbo import DeviceFacts, TurboError, auto_optimize, plan, turbo
+from diffusers_turbo.actions.apply import apply_plan
+from diffusers_turbo.planning.plan import Plan, Step
+from tests import tiny
+from tests.state import differences, state_of
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart], ids=["sd", "sdxl", "pixart"])
+def test_applied_as_planned_and_undone(make):
+    pipe = make()
+    stock, before = tiny.picture(pipe), state_of(pipe)
+    assert auto_optimize(pipe) is pipe
+    report = pipe.turbo_report()
+    assert [lever.action for lever in report.levers] == [step.action for step in report.plan.steps]
+    assert report.exact
+    torch.testing.assert_close(tiny.picture(pipe), stock, atol=1e-5, rtol=0)
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+    assert torch.equal(tiny.picture(pipe), stock)
+
+
+def test_twice_is_once():
+    pipe = auto_optimize(tiny.sd())
+    levers = pipe.turbo_report().levers
+    assert auto_optimize(pipe).turbo_report().levers == levers
+
+
+def test_a_step_that_fails_takes_the_others_back():
+    pipe = turbo(tiny.sd())
+    pipe.enable_naive_attention()
+    before = state_of(pipe)
+    steps = (
+        Step(action="enable_sdpa", options={}, reason="", exact=True),
+        Step(action="enable_channels_last", options={}, reason="", exact=True),
+        Step(action="enable_sequential_cpu_offload", options={"device": "cpu"}, reason="", exact=True),
+    )
+    good = plan(pipe, DeviceFacts.card("CPU"))
+    broken = Plan(**{**vars(good), "steps": steps})
+    with pytest.raises(TurboError, match="the weights wait already"):
+        apply_plan(pipe, broken)
+    assert [lever.action for lever in pipe.turbo_report().levers] == ["enable_naive_attention"]
+    after = state_of(pipe)
+    # processors hold nothing but options: the lever below was applied anew with equal ones
+    assert [change for change in differences(before, after) if "processor" not in change] == []
+
+
+def test_users_levers_stay_below_the_plan():
+    pipe = turbo(tiny.sd())
+    before = state_of(pipe)
+    pipe.enable_vae_slicing()
+    auto_optimize(pipe)
+    assert "enable_vae_slicing" in [lever.action for lever in pipe.turbo_report().levers]
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+@pytest.mark.parametrize("card", ["GTX 1650", "T4", "RTX 3060", "RTX 4090", "H100"])
+def test_plans_for_cards_that_are_not_there_are_made_of_methods(card):
+    pipe = turbo(tiny.sdxl())
+    made = plan(pipe, DeviceFacts.card(card), height=1024, width=1024, batch_size=2, dtype="auto", images=1000)
+    for step in (*made.steps, *made.rejected):
+        assert callable(getattr(pipe, step.action))
+        assert step.reason
