@@ -112,7 +112,7 @@ class _MadeAtRunTime:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         host = type(self).__mro__[3]
-        return _revive, (host,), self.__dict__.copy()
+        return _revive, (host,), self.__getstate__()
 
 
 def _revive(host: type) -> Any:

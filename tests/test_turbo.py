@@ -97,6 +97,34 @@ def test_copies_have_a_ledger_of_their_own(pipe, carry, switch):
     assert torch.equal(tiny.picture(pipe), under_switch)
 
 
+HOOKED = {
+    "enable_model_cpu_offload": {"device": "cpu"},
+    "enable_group_offload": {"onload_device": "cpu", "offload_type": "leaf_level"},
+    "trace_unet": {},
+}
+
+
+@pytest.mark.parametrize("switch", HOOKED)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_hooked_pipelines_copy_and_refuse_to_be_pickled(pipe, switch):
+    stock, before = tiny.picture(turbo(pipe)), state_of(pipe)
+    getattr(pipe, switch)(**HOOKED[switch])
+    with pytest.raises(TurboError, match=rf"pickling a StableDiffusionPipeline: found {switch}\(\) in force"):
+        pickle.dumps(pipe)
+    twin = copy.deepcopy(pipe)
+    called = []
+    for each in (pipe, twin):
+        each.unet.conv_in.register_forward_hook(lambda module, args, output: called.append(module))
+    if switch != "trace_unet":  # inside a trace hooks do not run
+        tiny.picture(twin)
+        assert {id(module) for module in called} == {id(twin.unet.conv_in)}, "the copy called the original's modules"
+    twin.turbo_undo()
+    assert torch.equal(tiny.picture(twin), stock)
+    pipe.turbo_undo()
+    pipe.unet.conv_in._forward_hooks.clear()
+    assert differences(before, state_of(pipe)) == []
+
+
 def test_a_compiled_copy_is_compiled_anew(pipe):
     turbo(pipe).compile_unet(backend="aot_eager")
     twin = copy.deepcopy(pipe)

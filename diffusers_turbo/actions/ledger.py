@@ -34,6 +34,9 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
 }
 """Slots that are taken off while the slot on the left changes, outermost last."""
 
+HOOKED_SLOTS = ("offload", "trace")
+"""Slots whose levers hang closures and compiled objects on modules, innermost first."""
+
 
 @dataclass
 class Lever:
@@ -159,8 +162,19 @@ class Ledger:
                     scopes.enter_context(scope.around_call(pipe))
             yield
 
+    @contextmanager
+    def unhooked(self, pipe: Any) -> Iterator[None]:
+        """Take offload hooks and traces off for the block, the outermost first, and put them back."""
+        hooked = [lever for slot in HOOKED_SLOTS if (lever := self.top(slot)) is not None]
+        self._take_off(*hooked)
+        try:
+            yield
+        finally:
+            self._put_on(pipe, *hooked)
+
     def after_copy(self, pipe: Any) -> None:
-        """Let changes that a copied module does not carry (compiled calls) be made again on the copy."""
+        """Make on the copy what copied modules do not carry along: offload hooks, traces, compiled calls."""
+        self._put_on(pipe, *(lever for slot in HOOKED_SLOTS if (lever := self.top(slot)) is not None))
         for lever in self.in_force():
             for change in lever.journal.changes if lever.journal else ():
                 if hasattr(change, "after_copy"):
