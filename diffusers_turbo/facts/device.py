@@ -25,7 +25,9 @@ KernelTable = Mapping[str, tuple[str, ...]]
 CONTEXT_BYTES = 527 * 2**20
 
 # Turing chips without tensor cores (TU116, TU117): GeForce GTX 16xx, MX450/550 and the small T-series workstations.
-# float16 gives NaN in Stable Diffusion on them: https://github.com/huggingface/diffusers/issues/9096
+# float16 gives NaN in Stable Diffusion on a GTX 1660 (https://github.com/huggingface/diffusers/issues/2153 and
+# https://github.com/pytorch/pytorch/issues/58123); ComfyUI refuses float16 on all of these but the T400, of which no
+# report was found (should_use_fp16 in comfy/model_management.py of https://github.com/comfyanonymous/ComfyUI).
 _TU11X = re.compile(r"\bGTX 16\d0\b|\bMX[45]50\b|\bT(?:400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
 
 
@@ -191,9 +193,10 @@ def probe(device: object = None) -> DeviceFacts:
 def unusable_formats(device_type: str, sm: tuple[int, int] | None, name: str) -> dict[str, str]:
     """Say which number formats are not usable, and why: {"bf16": "bfloat16 needs SM 8.0, ..."}.
 
-    Sources: the compute capability table of the CUDA programming guide (bf16 and tf32 from 8.0, fp8 from 8.9,
-    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities); fp16 on GTX 16xx and on the CPU:
-    NaN or unsupported operators in diffusion models (https://github.com/huggingface/diffusers/issues/9096).
+    Sources: bf16 from 8.0 and fp8 from 8.9 (https://nvidia.github.io/TransformerEngine/support_matrix.html), tf32 from
+    8.0 (https://docs.modular.com/mojo/std/gpu/compute/arch/mma_nvidia), fp16 from 5.3
+    (https://github.com/NVlabs/instant-ngp/pull/87); fp16 on GTX 16xx: see `_TU11X`. For fp16 on the CPU no report was
+    found: refusing it there is this project's own caution.
     """
     refusals: dict[str, str] = {}
     if device_type == "cpu":
@@ -231,7 +234,8 @@ def missing_kernels(sm: tuple[int, int], arch_list: tuple[str, ...]) -> list[str
 
     A binary (sm_86) runs on its own level and on later minor levels of the same major; PTX (compute_86) is compiled
     by the driver for every later level; arch-specific code (sm_90a) runs on its own level only, and family code
-    (sm_120f) within its major. https://docs.nvidia.com/cuda/blackwell-compatibility-guide/
+    (sm_120f) within its major. https://docs.nvidia.com/cuda/blackwell-compatibility-guide (binaries and PTX),
+    https://modal.com/gpu-glossary/device-software/compute-capability (the suffixes)
 
     >>> missing_kernels((8, 6), ("sm_80", "sm_90"))
     []
@@ -257,7 +261,8 @@ def missing_kernels(sm: tuple[int, int], arch_list: tuple[str, ...]) -> list[str
 def predict_sdpa(device_type: str, sm: tuple[int, int] | None) -> dict[str, tuple[str, ...]]:
     """Predict the SDPA table from the SM level, by the checks in torch's own dispatcher.
 
-    flash from SM 8.0 (fp16, bf16), memory-efficient from SM 5.0 (bf16 from 8.0), cuDNN from SM 8.0 (fp16, bf16):
+    flash from SM 8.0 (fp16, bf16), memory-efficient from SM 5.0 (bf16 from 8.0), cuDNN from SM 8.0 (fp16, bf16), each
+    up to SM 12.1, past every level known here:
     https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
     """
     every = ("float16", "bfloat16", "float32")
