@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import diffusers
 import pytest
 import torch
 from packaging.version import Version
 
 from tests import tiny
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core a worker: threads of two workers that wait for each other in spin loops cost more than they bring.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -140,7 +140,7 @@ class DeviceFacts:
         if row.no_kernels_since_cuda:
             version = ".".join(map(str, row.no_kernels_since_cuda))
             notes.append(
-                f"torch builds for CUDA {version} and newer hold no kernels for {row.name}: use a CUDA 12 build"
+                f"torch builds for CUDA {version} and newer hold no kernels for {row.name}: use a CUDA 12.6 build"
             )
         return cls(
             device="cuda:0" if cuda else row.device_type,

@@ -128,7 +128,7 @@ def test_anything_else_is_kept(processor, reason):
 @pytest.mark.parametrize(
     ("processor", "kind"),
     [(host.AttnProcessor2_0(), "joint"), (host.AttnAddedKVProcessor(), "plain"), (host.AttnProcessor(), "added_kv")],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_processor_on_a_layer_it_is_not_made_for_is_kept(processor, kind):
     assert why_kept(processor, kind) == f"{type(processor).__name__} runs a layer of kind {kind!r} in a way of its own"
