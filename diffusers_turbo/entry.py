@@ -111,8 +111,7 @@ class _MadeAtRunTime:
     """Lets instances of a class that no module holds be copied and pickled."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        host = type(self).__mro__[3]
-        return _revive, (host,), self.__getstate__()
+        return _revive, (type(self).__bases__[-1],), self.__getstate__()
 
 
 def _revive(host: type) -> Any:

@@ -6,23 +6,21 @@ x is not on does nothing and says so in the log (logger "diffusers_turbo").
 
 from __future__ import annotations
 
-import copy
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from .actions.attention import FusedAttention
 from .actions.host import host_method
-from .actions.ledger import HOOKED_SLOTS, Ledger, close_ledger, ledger_of, open_ledger
-from .errors import NotSupportedError, explain_failure
+from .actions.ledger import close_ledger, ledger_of, open_ledger
+from .copying import CopiesItsLevers
 from .planning import options as opt
 from .planning.options import Options
 from .report import Report, report_on
 
 
-class TurboMixin:
+class TurboMixin(CopiesItsLevers):
     """Adds this package's switches to a diffusers pipeline.
 
     Get one from `turbo(pipe)`, or write `class MyPipe(TurboMixin, StableDiffusionPipeline)`.
@@ -40,46 +38,6 @@ class TurboMixin:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline inside the call scopes of what is switched on."""
         return _run_in_scope(self, super().__call__, args, kwargs)  # type: ignore[misc]
-
-    def __copy__(self) -> TurboMixin:
-        """Return a shallow copy: the same components, and so the same ledger."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TurboMixin:
-        """Return a copy with components and a ledger of its own.
-
-        Hooks hold closures over the original's modules, which a copy would go on calling, so offload and traces are
-        taken off while the copy is made and put back on both.
-        """
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        ledger = ledger_of(self)
-        with ledger.unhooked(self) if ledger is not None else nullcontext():
-            twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle stores.
-
-        Raises:
-            NotSupportedError: offload or a trace is on, which no pickle can hold.
-        """
-        ledger = ledger_of(self) or Ledger()
-        for slot in HOOKED_SLOTS:
-            if (lever := ledger.top(slot)) is not None and lever.journal is not None:
-                found, needed = f"{lever.action}() in force, whose hooks no pickle can hold", "plain modules"
-                do = "switch it off, pickle, and switch it on again; copy.deepcopy does so by itself"
-                raise NotSupportedError(explain_failure(f"pickling a {type(self).__name__}", found, needed, do))
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a copied or unpickled state; what modules do not carry along is switched on anew."""
-        self.__dict__.update(state)
-        ledger = ledger_of(self)
-        if ledger is not None:
-            ledger.after_copy(self)
 
     # Attention
 

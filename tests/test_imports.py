@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "planning": {"errors", "facts"},
     "attention": {"errors"},
     "actions": {"errors", "facts", "planning", "attention", "mixin"},
-    "mixin": {"errors", "actions", "planning", "report"},
+    "copying": {"errors", "actions"},
+    "mixin": {"actions", "copying", "planning", "report"},
     "entry": {"errors", "actions", "attention", "facts", "mixin", "planning"},
 }
 
