@@ -7,6 +7,7 @@ x is not on does nothing and says so in the log (logger "diffusers_turbo").
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class TurboMixin(CopiesItsLevers):
             below = cls.__mro__[cls.__mro__.index(TurboMixin) + 1 :]
             host_call = next((base.__dict__["__call__"] for base in below if "__call__" in base.__dict__), None)
             if host_call is not None:
-                cls.__call__ = functools.wraps(host_call)(_call_in_scope)  # type: ignore[method-assign]
+                cls.__call__ = _in_scope(host_call)  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline inside the call scopes of what is switched on."""
@@ -364,8 +365,14 @@ class TurboMixin(CopiesItsLevers):
         return ledger is None or ledger.find(action) is None
 
 
-def _call_in_scope(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return TurboMixin.__call__(self, *args, **kwargs)
+def _in_scope(host_call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of its own for each class, since `wraps` writes the host's signature onto it."""
+
+    @functools.wraps(host_call)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return TurboMixin.__call__(self, *args, **kwargs)
+
+    return call
 
 
 def _run_in_scope(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from diffusers_turbo import TurboError, TurboMixin, turbo
 from tests import tiny
@@ -31,12 +31,22 @@ def test_twice_is_once(pipe):
     assert type(turbo(pipe)) is once
 
 
-def test_call_keeps_name_signature_and_docstring(pipe):
-    stock = StableDiffusionPipeline.__call__
-    turbo(pipe)
-    assert inspect.signature(type(pipe).__call__) == inspect.signature(stock)
-    assert type(pipe).__call__.__doc__ == stock.__doc__
-    assert inspect.signature(type(pipe).__init__) == inspect.signature(StableDiffusionPipeline.__init__)
+def test_call_keeps_name_signature_and_docstring(pipe, xl_pipe):
+    for each in (pipe, xl_pipe):
+        turbo(each)
+    for each, host in ((pipe, StableDiffusionPipeline), (xl_pipe, StableDiffusionXLPipeline)):
+        assert inspect.signature(type(each).__call__) == inspect.signature(host.__call__)
+        assert type(each).__call__.__doc__ == host.__call__.__doc__
+        assert inspect.signature(type(each).__init__) == inspect.signature(host.__init__)
+
+
+def test_unfusing_one_part_keeps_the_other(pipe):
+    turbo(pipe).fuse_qkv_projections()
+    pipe.unfuse_qkv_projections(unet=True, vae=False)
+    assert not hasattr(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv")
+    assert hasattr(pipe.vae.decoder.mid_block.attentions[0], "to_qkv")
+    pipe.unfuse_qkv_projections()
+    assert pipe.turbo_report().levers == ()
 
 
 def test_save_and_load_leave_the_same_model_index(pipe, tmp_path):
