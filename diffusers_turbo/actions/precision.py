@@ -54,15 +54,8 @@ class AddedMeanwhile:
         )
         return f"{added} tensors added meanwhile stay in {_short(self.dtype)}" if added else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AddedMeanwhile:
-        """Ids mean nothing on the copy: take its modules as the known ones."""
-        from copy import deepcopy
-
-        pipe = deepcopy(self.pipe, memo)
-        return AddedMeanwhile(pipe, set(), self.dtype)
-
     def after_copy(self) -> None:
-        """Learn the copied modules."""
+        """Ids mean nothing on a copy: take its modules as the known ones."""
         self.known = {id(owner) for _, owner, _, _ in floating_tensors(modules_of(self.pipe))}
 
 

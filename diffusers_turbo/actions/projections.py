@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..attention import attention_layers
+from ..attention.base import are_plain
 from ..errors import NotSupportedError, explain_failure
 from ..planning.options import FusedQKV
 from .components import denoiser_of, modules_of, require_plain_weights
@@ -68,15 +69,14 @@ def apply(pipe: Any, options: FusedQKV) -> Journal:
 
 def _plain_projections(attn: Any) -> bool:
     """Whether the layer's projections are plain linear layers, not fused yet and not wrapped by an adapter."""
-    parts = (attn.to_q, attn.to_k, attn.to_v)
-    return not attn.fused_projections and all(type(part) is nn.Linear for part in parts)
+    return not attn.fused_projections and are_plain(attn.to_q, attn.to_k, attn.to_v)
 
 
 @torch.no_grad()
 def _refill(attn: Any) -> None:
     for name, parts in FUSED_FROM.items():
         fused, sources = getattr(attn, name, None), [getattr(attn, part, None) for part in parts]
-        if fused is None or not all(type(source) is nn.Linear for source in sources):
+        if fused is None or not are_plain(*sources):
             continue
         for field in ("weight", "bias"):
             target = getattr(fused, field)

@@ -21,7 +21,6 @@ class Switch:
     slot: str
     arguments: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
-    needs: str = "unet"
     name: str = ""
 
     def __str__(self) -> str:
@@ -109,7 +108,7 @@ SWITCHES = [
         {"dtype": torch.bfloat16},
         exact=False,
     ),
-    Switch("enable_vae_slicing", "disable_vae_slicing", lambda pipe: pipe.vae.use_slicing, "vae_slicing", needs="vae"),
+    Switch("enable_vae_slicing", "disable_vae_slicing", lambda pipe: pipe.vae.use_slicing, "vae_slicing"),
     Switch(
         "enable_vae_tiling",
         "disable_vae_tiling",
@@ -117,7 +116,6 @@ SWITCHES = [
         "vae_tiling",
         {"tile_size": 32},
         exact=False,
-        needs="vae",
     ),
     Switch("enable_model_cpu_offload", "disable_offload", _offloaded_hooks, "offload", {"device": "cpu"}),
     Switch("enable_group_offload", "disable_offload", _offloaded_hooks, "offload", {"onload_device": "cpu"}),
@@ -142,7 +140,6 @@ SWITCHES = [
         lambda pipe: pipe.vae.decoder._compiled_call_impl is not None,
         "compile_vae",
         {"backend": "eager"},
-        needs="vae",
     ),
     Switch("trace_unet", "untrace_unet", lambda pipe: "forward" in vars(pipe.unet), "trace"),
 ]
