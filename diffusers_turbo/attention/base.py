@@ -213,7 +213,7 @@ def project_added(attn: Any, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return enter_heads(attn, attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context))
 
 
-def are_plain(*projections: nn.Module) -> bool:
+def are_plain(*projections: nn.Module | None) -> bool:
     """Whether every projection is torch's own linear layer, with no adapter around it."""
     return all(type(projection) is nn.Linear for projection in projections)
 
