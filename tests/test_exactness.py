@@ -51,6 +51,16 @@ def load(dtype: torch.dtype, device: str) -> Any:
     return pipe
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fp32_means_fp32():
+    """Convolutions in fp32 on a GPU are TF32 by torch's default, which rounds a thousand times more coarsely."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    yield
+    convolutions.fp32_precision = before
+
+
 @pytest.fixture(scope="module")
 def embeddings() -> Embeddings:
     """64 prompts of the emoji model and their embeddings, computed once in fp32."""
