@@ -6,7 +6,11 @@ import copy
 from contextlib import nullcontext
 from typing import Any, Self
 
-from .actions.ledger import HOOKED_SLOTS, Ledger, ledger_of
+import torch
+from torch import nn
+
+from .actions.components import modules_of
+from .actions.ledger import HOOKED_SLOTS, Ledger, close_ledger, ledger_of
 from .errors import NotSupportedError, explain_failure
 
 
@@ -52,3 +56,42 @@ class CopiesItsLevers:
         ledger = ledger_of(self)
         if ledger is not None:
             ledger.after_copy(self)
+
+
+def untouched_copy(pipe: Any) -> Any:
+    """Return a copy of a pipeline with every lever off and its weights in host memory; the pipeline stays as it is.
+
+    Raises:
+        NotSupportedError: hooks that this package did not set hold the weights; a copy would go on calling the
+            original's modules.
+    """
+    ledger = ledger_of(pipe)
+    with ledger.unhooked(pipe) if ledger is not None else nullcontext():
+        if hooked := sorted(name for name, module in modules_of(pipe).items() if _is_hooked(module)):
+            found = f"offload hooks on {', '.join(hooked)} that diffusers or accelerate set"
+            do = "use this package's offload methods, which can be undone, or pass a reference pipeline of your own"
+            raise NotSupportedError(explain_failure("copying the pipeline", found, "components without hooks", do))
+        twin = object.__new__(type(pipe))
+        memo: dict[int, Any] = {id(pipe): twin} | _host_tensors(pipe)
+        twin.__dict__.update(copy.deepcopy(pipe.__dict__, memo))
+    own = ledger_of(twin)
+    if own is not None:
+        own.undo(twin)
+        close_ledger(twin, forget=True)
+    return twin
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(hasattr(part, name) for part in module.modules() for name in ("_hf_hook", "_diffusers_hook"))
+
+
+def _host_tensors(pipe: Any) -> dict[int, torch.Tensor]:
+    """Return copies in host memory of all weights, by the originals' ids, as `deepcopy` looks them up."""
+    found: dict[int, torch.Tensor] = {}
+    for module in modules_of(pipe).values():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            data = tensor.detach().to("cpu", copy=True)
+            found[id(tensor)] = (
+                nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+            )
+    return found

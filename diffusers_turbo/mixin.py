@@ -16,12 +16,12 @@ from .actions.attention import FusedAttention
 from .actions.host import host_method
 from .actions.ledger import close_ledger, ledger_of, open_ledger
 from .copying import CopiesItsLevers
+from .looking import LooksAndUndoes
 from .planning import options as opt
 from .planning.options import Options
-from .report import Report, report_on
 
 
-class TurboMixin(CopiesItsLevers):
+class TurboMixin(LooksAndUndoes, CopiesItsLevers):
     """Adds this package's switches to a diffusers pipeline.
 
     Get one from `turbo(pipe)`, or write `class MyPipe(TurboMixin, StableDiffusionPipeline)`.
@@ -336,19 +336,6 @@ class TurboMixin(CopiesItsLevers):
     def untrace_unet(self) -> None:
         """Switch `trace_unet` off."""
         self._disable("trace_unet")
-
-    # Looking and undoing
-
-    def turbo_report(self) -> Report:
-        """Return what is switched on, what each lever says of itself, and what was left alone; `print` it."""
-        return report_on(self, ledger_of(self))
-
-    def turbo_undo(self) -> Report:
-        """Switch everything off and remove every trace; return what had to be left alone, since others changed it."""
-        ledger = ledger_of(self)
-        left_alone = tuple(ledger.undo(self)) if ledger is not None else ()
-        close_ledger(self, forget=True)
-        return report_on(self, None, left_alone)
 
     def _enable(self, options: Options) -> None:
         try:

@@ -29,6 +29,7 @@ class Report:
     levers: tuple[ReportedLever, ...]
     left_alone: tuple[str, ...]
     plan: Any = None
+    verification: Any = None
 
     @property
     def exact(self) -> bool:
@@ -36,9 +37,12 @@ class Report:
         return all(lever.exact for lever in self.levers if lever.in_force)
 
     def to_json(self) -> str:
-        """Return the report as JSON; the plan under `plan` as its own JSON object."""
-        fields = asdict(self) | {"plan": None if self.plan is None else json.loads(self.plan.to_json())}
-        return json.dumps(fields | {"exact": self.exact}, indent=2, default=str)
+        """Return the report as JSON; plan and verification as JSON objects of their own."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["levers"] = [asdict(lever) for lever in self.levers]
+        for name in ("plan", "verification"):
+            plain[name] = None if plain[name] is None else json.loads(plain[name].to_json())
+        return json.dumps(plain | {"exact": self.exact}, indent=2, default=str)
 
     def __str__(self) -> str:
         lines = [f"{self.pipeline}: {self._summary()}"]
@@ -52,6 +56,8 @@ class Report:
             lines.extend(f"      {sentence}" for sentence in self.left_alone)
         if self.plan is not None:
             lines.extend(["", self.plan.explain()])
+        if self.verification is not None:
+            lines.extend(["", f"Verified: {self.verification.explain()}"])
         return "\n".join(lines)
 
     def _summary(self) -> str:
@@ -87,4 +93,5 @@ def report_on(pipe: Any, ledger: Any, left_alone: tuple[str, ...] = ()) -> Repor
         levers=tuple(levers),
         left_alone=left_alone + (tuple(ledger.left_alone) if ledger is not None else ()),
         plan=ledger.plan if ledger is not None else None,
+        verification=ledger.verification if ledger is not None else None,
     )

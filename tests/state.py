@@ -82,6 +82,6 @@ def _bits(tensor: torch.Tensor) -> int | None:
     if tensor.device.type == "meta":
         return None
     if tensor.device.type == "cpu":
-        return hash(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return hash(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size(), torch.uint8)
-    return int(tensor.contiguous().view(words).sum(dtype=torch.int64))
+    return int(tensor.contiguous().reshape(-1).view(words).sum(dtype=torch.int64))

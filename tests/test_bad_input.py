@@ -64,7 +64,6 @@ CASES = {
     "unknown card": (lambda pipe: DeviceFacts.card("RTX 3061"), r"RTX 3061.*RTX 3060"),
     "budget": (lambda pipe: auto_optimize(pipe, vram_budget="lots"), r"vram_budget.*lots"),
     "dtype": (lambda pipe: auto_optimize(pipe, dtype="int4"), r"dtype.*int4"),
-    "verify before its time": (lambda pipe: auto_optimize(pipe, verify=True), r"verify=True.*leave it out"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_turbo import turbo
+from diffusers_turbo.actions.tf32 import fp32_precision
 from diffusers_turbo.parity import Distance, distance, judge
 from tests.exactness import Embeddings, embed, make_pictures, wrong_variants
 
@@ -54,11 +55,8 @@ def load(dtype: torch.dtype, device: str) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def _fp32_means_fp32():
     """Convolutions in fp32 on a GPU are TF32 by torch's default, which rounds a thousand times more coarsely."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    yield
-    convolutions.fp32_precision = before
+    with fp32_precision("ieee"):
+        yield
 
 
 @pytest.fixture(scope="module")

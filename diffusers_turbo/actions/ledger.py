@@ -58,6 +58,7 @@ class Ledger:
     slots: dict[str, list[Lever]] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
     plan: Any = None
+    verification: Any = None
 
     def top(self, slot: str) -> Lever | None:
         """Return the lever in force in `slot`."""
@@ -108,7 +109,7 @@ class Ledger:
         self.left_alone.clear()
         for slot in sorted(self.slots, key=_depth, reverse=True):
             self.rearrange(pipe, slot, [])
-        self.plan = None
+        self.plan = self.verification = None
         return list(self.left_alone)
 
     def rearrange(self, pipe: Any, slot: str, wanted: list[Lever]) -> None:

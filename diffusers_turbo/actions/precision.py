@@ -87,6 +87,14 @@ def apply(pipe: Any, options: HalfPrecision) -> Journal:
     return journal
 
 
+def cast(pipe: Any, dtype: torch.dtype) -> None:
+    """Cast every floating-point weight for good, except those that a model declares as float32-only."""
+    modules = modules_of(pipe)
+    for label, _, _, tensor in floating_tensors(modules):
+        if not _float32_only(label, modules):
+            tensor.data = tensor.data.to(dtype)
+
+
 def floating_tensors(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """Iterate over (label, owner, name, tensor) of each floating-point parameter and buffer, shared ones once."""
     seen: set[int] = set()
