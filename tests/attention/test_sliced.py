@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from diffusers_turbo.attention import AttentionLayer, NaiveAttnProcessor, SlicedAttnProcessor
 from diffusers_turbo.attention.sliced import Problem, Slices, bytes_per_slice, check_slice_size, cuts, slice_plan
+from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.errors import InvalidOptionError
 from tests.attention.cases import MIB, layer
 from tests.attention.reference import distance
@@ -95,34 +91,6 @@ def test_more_heads_than_the_layer_has_are_refused():
     check_slice_size("auto", [])
     with pytest.raises(InvalidOptionError, match=r"found slice_size=5; needed: at most 4, the layer's heads"):
         check_slice_size(5, layers)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators make, for as long as a tensor holds them; remembers the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.storages = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
-                self._count(result.untyped_storage())
-        return results
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.storages or not storage.nbytes():
-            return
-        size = storage.nbytes()
-        self.storages[storage] = weakref.finalize(storage, self._free, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 def peak_beyond_output(attn, processor, query, key, value, mask) -> int:

@@ -1,0 +1,60 @@
+"""Where the time of one denoising step goes: a table of kernels, and a trace for Chrome's or Perfetto's viewer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+from ..errors import NotSupportedError, explain_failure
+from .running import Contender, synchronize
+from .writing import write_whole
+
+ROWS = 40
+"""Lines of the table."""
+
+
+def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
+    """Profile the second denoising step of a call and write `NAME-kernels.txt` and `NAME-trace.json` into a folder.
+
+    The first step is left out, since schedulers and kernels prepare themselves in it. Warm the contender up before.
+
+    Raises:
+        NotSupportedError: the pipeline offers no callback between steps, or makes fewer than two.
+        InvalidOptionError: the folder cannot be written to.
+    """
+    cuda = contender.device.type == "cuda"
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+    seen: list[int] = []
+
+    def between(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        synchronize(contender.device)
+        seen.append(step)
+        if len(seen) == 1:
+            profiler.start()
+        elif len(seen) == 2:
+            profiler.stop()
+        return tensors
+
+    call = contender.call(contender.job.batches[0], callback_on_step_end=between)
+    try:
+        call()
+    except TypeError as error:
+        raise _cannot(contender, "a pipeline without callback_on_step_end") from error
+    if len(seen) < 2:
+        raise _cannot(contender, f"{len(seen)} steps")
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
+    kernels = folder / f"{contender.case.name}-kernels.txt"
+    write_whole(kernels, f"{contender.case.name}: one denoising step, by {order}\n\n{table}\n", "the kernel table")
+    chrome = folder / f"{contender.case.name}-trace.json"
+    profiler.export_chrome_trace(str(chrome))
+    return kernels, chrome
+
+
+def _cannot(contender: Contender, found: str) -> NotSupportedError:
+    tried = f"tracing one step of {contender.case.name}"
+    return NotSupportedError(
+        explain_failure(tried, found, "two steps with a callback between them", "leave --trace out")
+    )
