@@ -20,6 +20,7 @@ from ..attention import (
 from ..attention.base import TurboAttnProcessor
 from ..attention.limits import AttentionLayer
 from .live_bytes import LiveBytes
+from .reading import did_you_mean, refuse
 from .running import free_memory, synchronize
 
 HEADS, HEAD_DIM = 8, 40
@@ -93,7 +94,20 @@ def measure_attention(
         batch: B; 2 is one picture with guidance.
         rounds: samples of each backend.
         backends: names out of `BACKENDS`.
+
+    Raises:
+        InvalidOptionError: no backend has this name.
     """
+    for name in backends:
+        if name not in BACKENDS:
+            found, needed = f"no backend {name!r}{did_you_mean(name, BACKENDS)}", f"some of {', '.join(BACKENDS)}"
+            raise refuse("measure_attention()", found, needed, "correct the name")
+    return _points(device, dtype, tokens, batch, rounds, backends)
+
+
+def _points(
+    device: str, dtype: str, tokens: Sequence[int], batch: int, rounds: int, backends: Sequence[str]
+) -> Iterator[Point]:
     place, kind = torch.device(device), getattr(torch, dtype)
     for count in tokens:
         generator = torch.Generator().manual_seed(count)

@@ -13,7 +13,7 @@ from .wording import digits
 def published_lines(section: Section, results: Results) -> list[str]:
     """Return a Markdown table of rows beside what was published for them, with links; nothing where nothing was.
 
-    Published gains are relative to the same source's own baseline on the same device.
+    Gains are relative to the baseline of the results; published ones to the same case, on the device they are from.
     """
     rows = list(_rows(section, results))
     if not rows:
@@ -30,9 +30,9 @@ def _rows(section: Section, results: Results) -> Iterator[str]:
             if (item.case, item.batch) == (row.case, row.batch):
                 percent = results.percent(row)
                 here = "-" if percent is None else f"{percent:+.0f} %"
-                there = _gain(section, item)
+                there = _gain(section, item, results.baseline)
                 cells = (row.case, str(row.batch), _here(row, item), here, item.device, _there(item), there)
-                yield f"| {' | '.join(cells)} |"
+                yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _here(row: Row, item: Published) -> str:
@@ -57,12 +57,12 @@ def _there(item: Published) -> str:
     return ", ".join([*found, item.note] if item.note else found)
 
 
-def _gain(section: Section, item: Published) -> str:
+def _gain(section: Section, item: Published, case: str) -> str:
     baseline = next(
         (
             other
             for other in section.published
-            if (other.case, other.batch, other.device) == (section.baseline, item.batch, item.device)
+            if (other.case, other.batch, other.device) == (case, item.batch, item.device)
         ),
         None,
     )

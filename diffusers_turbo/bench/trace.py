@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from .writing import write_whole
 ROWS = 40
 """Lines of the table."""
 
+KERNELS, TRACE = "-kernels.txt", "-trace.json"
+"""How the names of the two files end."""
+
 
 def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
     """Profile the second denoising step of a call and write `NAME-kernels.txt` and `NAME-trace.json` into a folder.
@@ -24,6 +29,8 @@ def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
         NotSupportedError: the pipeline offers no callback between steps, or makes fewer than two.
         InvalidOptionError: the folder cannot be written to.
     """
+    if "callback_on_step_end" not in inspect.signature(type(contender.pipe).__call__).parameters:
+        raise _cannot(contender, "a pipeline without callback_on_step_end")
     cuda = contender.device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
     seen: list[int] = []
@@ -40,16 +47,22 @@ def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
     call = contender.call(contender.job.batches[0], callback_on_step_end=between)
     try:
         call()
-    except TypeError as error:
-        raise _cannot(contender, "a pipeline without callback_on_step_end") from error
+    finally:
+        if len(seen) == 1:  # a profiler left on would slow down everything after it
+            profiler.stop()
     if len(seen) < 2:
-        raise _cannot(contender, f"{len(seen)} steps")
+        raise _cannot(contender, f"{len(seen)} step")
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
-    kernels = folder / f"{contender.case.name}-kernels.txt"
-    write_whole(kernels, f"{contender.case.name}: one denoising step, by {order}\n\n{table}\n", "the kernel table")
-    chrome = folder / f"{contender.case.name}-trace.json"
-    profiler.export_chrome_trace(str(chrome))
+    name = contender.case.name
+    kernels, chrome = folder / f"{name}{KERNELS}", folder / f"{name}{TRACE}"
+    write_whole(kernels, f"{name}: one denoising step, by {order}\n\n{table}\n", "the kernel table")
+    part = chrome.with_name(f".{chrome.name}.{os.getpid()}.part")
+    try:
+        profiler.export_chrome_trace(str(part))
+        os.replace(part, chrome)
+    finally:
+        part.unlink(missing_ok=True)
     return kernels, chrome
 
 

@@ -145,8 +145,8 @@ def read_attention(component: str, module: Any) -> tuple[AttentionFacts, ...]:
     )
 
 
-def read_vae(module: Any) -> VAEFacts:
-    """Read an autoencoder's facts from its config and flags."""
+def read_vae(module: Any, *, upcasts: bool) -> VAEFacts:
+    """Read an autoencoder's facts from its config and flags; `upcasts`: the pipeline heeds `force_upcast`."""
     config = _config(module)
     sample_size = config.get("sample_size")
     return VAEFacts(
@@ -154,7 +154,7 @@ def read_vae(module: Any) -> VAEFacts:
         block_out_channels=_ints(config.get("block_out_channels") or config.get("decoder_block_out_channels")),
         latent_channels=config.get("latent_channels") or 4,
         sample_size=sample_size if isinstance(sample_size, int) else None,
-        force_upcast=bool(config.get("force_upcast", False)),
+        force_upcast=upcasts and bool(config.get("force_upcast", False)),
         # since diffusers 0.40 every autoencoder has the methods; the flag tells whether there is code behind them
         can_tile=hasattr(module, "use_tiling"),
         can_slice=hasattr(module, "use_slicing"),

@@ -160,10 +160,12 @@ def read_pipeline(pipe: Any) -> PipelineFacts:
     modules = _modules(pipe)
     module = modules[denoiser]
     shape = read_denoiser_shape(module)
-    vae = read_vae(modules["vae"]) if "vae" in modules else None
+    vae = read_vae(modules["vae"], upcasts=heeds_force_upcast(pipe)) if "vae" in modules else None
     scale = _vae_scale_factor(pipe, vae)
     processors = _count_processors(module)
-    side = shape.sample_size * scale if shape.sample_size else 512
+    # Flux's transformer works at any size, and its pipeline names one
+    sample_size = shape.sample_size or getattr(pipe, "default_sample_size", None)
+    side = sample_size * scale if isinstance(sample_size, int) else 512
     return PipelineFacts(
         class_name=type(pipe).__name__,
         denoiser=denoiser,
@@ -188,6 +190,15 @@ def read_pipeline(pipe: Any) -> PipelineFacts:
         controlnet="controlnet" in modules,
         processors=processors,
     )
+
+
+def heeds_force_upcast(pipe: Any) -> bool:
+    """Whether the pipeline decodes in float32 when its VAE's config asks for that.
+
+    The flag is True in the configs of many VAEs (it is the class's default), and read by SDXL's pipelines and the
+    upscaler only: those that have the method for it.
+    """
+    return hasattr(pipe, "upcast_vae")
 
 
 def _modules(pipe: Any) -> dict[str, torch.nn.Module]:

@@ -20,31 +20,36 @@ from tests.bench import shrunk
 CPU = torch.device("cpu")
 
 # Parameters of the published weights, and where the number stands.
-DIFFUSERS_DOCS = "https://huggingface.co/docs/diffusers/api/models/overview"  # the example of num_parameters
-SD_PAPER = "https://github.com/Stability-AI/stablediffusion"  # training logs "DiffusionWrapper has 865.91 M params"
+NUM_PARAMETERS = "https://github.com/huggingface/diffusers/blob/main/src/diffusers/models/modeling_utils.py"
 MII = "https://github.com/microsoft/DeepSpeed-MII"  # README, "SD param count"
+STABILITY = "https://github.com/Stability-AI/stablediffusion"  # prints "DiffusionWrapper has 865.91 M params"
+OPEN_CLIP = (
+    "https://github.com/mlfoundations/open_clip/blob/main/docs/model_profile.csv"  # text: 123.65, 354.03, 694.66 M
+)
 SDXL_PAPER = "https://arxiv.org/abs/2307.01952"  # table 1: UNet 2.6B, text encoders 817M
-SD3_CARD = "https://huggingface.co/stabilityai/stable-diffusion-3-medium-diffusers"
-FLUX_CARD = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
+AITUNE = "https://github.com/ai-dynamo/aitune/blob/main/docs/guides/aot_inspect.md"  # all of SD3 medium
+FLUX_CARD = "https://huggingface.co/black-forest-labs/FLUX.1-dev"  # 12B; 23.8 GB of bfloat16
 PIXART_PAPER = "https://arxiv.org/abs/2310.00426"  # 0.6B
+# OpenCLIP's ViT-H has a layer and a projection more, and a number that scales its loss
+VIT_H = 354_032_641 - (12 * 1024**2 + 13 * 1024) - 1024**2 - 1
 PUBLISHED = [
-    ("sd15", "unet", 859_520_964, DIFFUSERS_DOCS),
+    ("sd15", "unet", 859_520_964, NUM_PARAMETERS),
     ("sd15", "vae", 83_653_863, MII),
     ("sd15", "text_encoder", 123_060_480, MII),
-    ("sd21", "unet", 865_910_724, SD_PAPER),
-    ("sd21", "text_encoder", 340_387_840, SD_PAPER),
+    ("sd21", "unet", 865_910_724, STABILITY),
+    ("sd21", "text_encoder", VIT_H, OPEN_CLIP),
     ("sdxl", "unet", 2_567_463_684, SDXL_PAPER),
     ("sdxl", "vae", 83_653_863, MII),
-    ("sdxl", "text_encoder", 123_060_480, SDXL_PAPER),
-    ("sdxl", "text_encoder_2", 694_659_840, SDXL_PAPER),
-    ("sd3", "transformer", 2_028_328_000, SD3_CARD),
-    ("sd3", "text_encoder", 123_650_304, SD3_CARD),
-    ("sd3", "text_encoder_2", 694_659_840, SD3_CARD),
+    ("sdxl", "text_encoder", 123_060_480, MII),
+    ("sdxl", "text_encoder_2", 694_659_840, OPEN_CLIP),
+    ("sd3", "transformer", 2_028_328_000, AITUNE),
+    ("sd3", "text_encoder", 123_650_304, OPEN_CLIP),
+    ("sd3", "text_encoder_2", 694_659_840, AITUNE),
     ("flux", "transformer", 11_901_408_320, FLUX_CARD),
-    ("flux", "text_encoder", 123_060_480, FLUX_CARD),
-    ("flux", "text_encoder_2", 4_762_310_656, FLUX_CARD),
+    ("flux", "text_encoder", 123_060_480, MII),
+    ("flux", "text_encoder_2", 4_762_310_656, AITUNE),
     ("pixart", "transformer", 611_349_152, PIXART_PAPER),
-    ("pixart", "text_encoder", 4_762_310_656, PIXART_PAPER),
+    ("pixart", "text_encoder", 4_762_310_656, AITUNE),
 ]
 
 

@@ -10,11 +10,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor
 
+from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.facts.components import read_component
 from diffusers_turbo.facts.pipeline import execution_device, read_pipeline, require_pipeline
 from tests import tiny
-from tests.planning.architectures import facts_of
+from tests.planning.architectures import facts_of, sd15
 
 
 def test_sd15_is_read_in_full_size():
@@ -49,6 +50,18 @@ def test_sdxl_and_its_upcast_vae_are_recognised():
     assert facts.default_width == 1024
     levels = {layer.level for layer in facts.attention if layer.component == "unet"}
     assert levels == {1, 2}
+
+
+def test_a_vae_that_asks_for_float32_where_nobody_heeds_it():
+    """The flag's default is True, so SD1.5's VAE has it; its pipeline decodes in float16 all the same."""
+    pipe = sd15()
+    assert pipe.vae.config.force_upcast
+    assert not read_pipeline(pipe).vae.force_upcast
+
+
+def test_flux_is_planned_at_its_pipelines_own_size():
+    facts = read_pipeline(build("flux", dtype=torch.bfloat16, device="meta"))
+    assert (facts.default_height, facts.size_multiple) == (1024, 16)
 
 
 def test_a_transformer_is_recognised():

@@ -18,9 +18,6 @@ def measured(name: str, dtype: torch.dtype, device: str = "meta", *, text_encode
     """One architecture in the state in which its peaks were measured."""
     pipe = build(name, dtype=dtype, device=device, text_encoders=text_encoders)
     set_scheduler(pipe, "ddim")
-    if name == "sd15":
-        # The published VAE config leaves this out, which means True; the SD pipeline never asks for it.
-        pipe.vae.register_to_config(force_upcast=False)
     return pipe
 
 
