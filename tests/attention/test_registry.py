@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import os
 import pickle
 import subprocess
@@ -132,13 +130,6 @@ def test_anything_else_is_kept(processor, reason):
 )
 def test_a_processor_on_a_layer_it_is_not_made_for_is_kept(processor, kind):
     assert why_kept(processor, kind) == f"{type(processor).__name__} runs a layer of kind {kind!r} in a way of its own"
-
-
-@pytest.mark.parametrize("name", ["limits", "masks", "sliced"])
-def test_examples_in_docstrings(name):
-    results = doctest.testmod(importlib.import_module(f"diffusers_turbo.attention.{name}"))
-    assert results.attempted > 0
-    assert results.failed == 0
 
 
 def test_importing_imports_no_xformers_and_starts_no_gpu():
