@@ -98,6 +98,7 @@ class Session:
             self._one_after_another()
         else:
             self._by_turns()
+        self._tell("measured")
 
     def _by_turns(self) -> None:
         """A, B, C, A, B, C ...: a busy moment of the machine hits all alike."""
@@ -127,11 +128,12 @@ class Session:
             if row.case not in contenders:
                 self._tell(f"loading {row.case}")
                 contenders[row.case] = Contender(self.job, case)
-            contender = contenders[row.case]
             self._tell(f"{row.case}, batch {row.batch}, warm-up")
-            contender.first(row)
+            # no name for the contender here, which would keep one that fails alive
+            contenders[row.case].first(row)
             for _ in range(1, self.job.warmup):
-                row.warmup_s.append(contender.round(Row(case=row.case, batch=row.batch, steps=row.steps)))
+                aside = Row(case=row.case, batch=row.batch, steps=row.steps)
+                row.warmup_s.append(contenders[row.case].round(aside))
         self._after_failure(row, contenders)
         self.results.save(self.path)
 
@@ -180,15 +182,19 @@ class Session:
         try:
             # a case that an earlier run had timed is not in memory
             contender = contender or Contender(self.job, case)
+        except Exception as error:
+            self._note(f"{case.name} could not be loaded again: {_in_one_line(error)}")
+            return
+        try:
             if self.trace:
                 trace_step(contender, self.path.parent)
         except Exception as error:
-            self._note(f"{case.name}, no trace: {_in_one_line(error)}")
-        if unjudged and contender is not None:
-            try:
+            self._note(f"no trace of {case.name}: {_in_one_line(error)}")
+        try:
+            if unjudged:
                 self._judge(contender, row)
-            except Exception as error:
-                row.verdict_reasons = [f"not compared: {_in_one_line(error)}"]
+        except Exception as error:
+            row.verdict_reasons = [f"not compared: {_in_one_line(error)}"]
 
     def _judge(self, contender: Contender, row: Row) -> None:
         """Measure the distance of a case's pictures from the reference."""
@@ -230,10 +236,9 @@ class Session:
             self.results.notes.append(note)
 
     def _tell(self, doing: str) -> None:
-        rounds = self.job.rounds
-        left = [rounds - len(row.seconds) for row in self.results.rows if row.status in (Status.WAITING, Status.PARTIAL)]
-        total = len(self.results.rows) * rounds
-        self.progress(doing, total - sum(left), total)
+        rounds, rows = self.job.rounds, self.results.rows
+        left = [rounds - len(row.seconds) for row in rows if row.status in (Status.WAITING, Status.PARTIAL)]
+        self.progress(doing, len(rows) * rounds - sum(left), len(rows) * rounds)
 
 
 def _open_results(job: Job, path: Path, baseline: str, rates: bool) -> Results:
@@ -266,9 +271,9 @@ def _remove(places: list[Path]) -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
     # the text of our own errors says what was tried, found and needed
-    return text if isinstance(error, TurboError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, TurboError) else f"{type(error).__name__}: {text[:300]}"
 
 
 def _now() -> str:
