@@ -1,0 +1,204 @@
+"""A residual add and the LayerNorm of the sum in one pass: the sum is stored, yet never read back.
+
+Between the parts of diffusers' `BasicTransformerBlock` stand `hidden = output + hidden` and then `norm(hidden)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Kernel, KernelLimits, device_reasons, grad_reasons, launch_from, on_device_of, refuse, vector_reasons
+from .lazy import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+LARGEST_WIDTH = 8192
+"""A program holds a row in registers, 32 values a thread at 8 warps. Diffusion models have rows of 320 to 4096."""
+
+LIMITS = KernelLimits(kernel="add_layer_norm", layout=f"contiguous [.., D] of one shape, D up to {LARGEST_WIDTH}")
+
+TOLERANCE = {
+    # One rounding to the dtype is 2^-11, 2^-8 of a value at most; the rest is for sums in fp32.
+    torch.float32: 2e-6,
+    torch.float16: 5.2e-4,
+    torch.bfloat16: 4.1e-3,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddLayerNormLaunch:
+    """How the work is cut: a program takes `rows` whole rows with `warps` x 32 threads."""
+
+    rows: int
+    warps: int
+
+
+def add_layer_norm_launch(width: int) -> AddLayerNormLaunch:
+    """The tile for rows of D = `width`: 2048 values or one row, whichever is more; 16 a thread, 32 from 8192 on.
+
+    One row a program would leave the short rows of SD1.5 (320) with too little to load at once.
+    """
+    slots = max(2048, _padded(width))
+    return AddLayerNormLaunch(rows=slots // _padded(width), warps=min(8, slots // 512))
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    launch: AddLayerNormLaunch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add two tensors and normalise the sum over its last dimension.
+
+    Mean and variance are taken in two passes over registers, in fp32, of the sum before it is rounded to its dtype.
+
+    Args:
+        x, residual: `[.., D]` of one shape and dtype.
+        weight, bias: `[D]`, or None.
+        eps: added to the variance.
+        launch: another tile than `add_layer_norm_launch` chooses.
+
+    Returns:
+        The sum and its norm, each `[.., D]` of the dtype of `x`.
+
+    Raises:
+        NotSupportedError: with the reasons `add_layer_norm_reasons` gives.
+    """
+    refuse(LIMITS, grad_reasons(LIMITS, x, residual, weight, bias))
+    added, normed = _op(x, residual, weight, bias, eps, [] if launch is None else list(astuple(launch)))
+    return added, normed
+
+
+def add_layer_norm_plain(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` in plain PyTorch.
+
+    >>> add_layer_norm_plain(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), eps=0.0)
+    (tensor([1., 3.]), tensor([-1.,  1.]))
+    """
+    added = x + residual
+    return added, F.layer_norm(added, added.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm_reasons(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    launch: AddLayerNormLaunch | None = None,
+) -> list[str]:
+    """Why `add_layer_norm` cannot take these arguments; empty when it can."""
+    reasons = device_reasons(LIMITS, x.device, x.dtype) + grad_reasons(LIMITS, x, residual, weight, bias)
+    reasons += vector_reasons(LIMITS, x, tuple(x.shape), residual=residual)
+    if residual.dtype != x.dtype:
+        reasons.append(f"x is {x.dtype} and residual {residual.dtype}")
+    if not x.is_contiguous():
+        reasons.append("x is not contiguous")
+    if x.ndim == 0:
+        return [*reasons, "x has no dimension to normalise over"]
+    if x.shape[-1] > LARGEST_WIDTH:
+        reasons.append(f"add_layer_norm takes rows up to {LARGEST_WIDTH}, these have {x.shape[-1]}")
+    return reasons + vector_reasons(LIMITS, x, (x.shape[-1],), weight=weight, bias=bias)
+
+
+KERNEL = Kernel(
+    run=add_layer_norm,
+    plain=add_layer_norm_plain,
+    reasons=add_layer_norm_reasons,
+    limits=LIMITS,
+    tolerance=TOLERANCE,
+)
+
+_SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, int[] launch) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("diffusers_turbo::add_layer_norm", mutates_args=(), schema=_SCHEMA)
+def _op(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, launch: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    refuse(LIMITS, add_layer_norm_reasons(x, residual, weight, bias, eps))
+    added, normed = torch.empty_like(x), torch.empty_like(x)
+    if x.numel() == 0:
+        return added, normed
+    width = x.shape[-1]
+    rows = x.numel() // width
+    tile = launch_from(AddLayerNormLaunch, launch) if launch else add_layer_norm_launch(width)
+    vectors = (x if weight is None else weight, x if bias is None else bias)
+    flags = (int(weight is not None), int(bias is not None))
+    with on_device_of(x):
+        _add_layer_norm_kernel[(-(-rows // tile.rows),)](
+            x,
+            residual,
+            added,
+            normed,
+            *vectors,
+            *flags,
+            rows,
+            width,
+            eps,
+            ROWS=tile.rows,
+            COLUMNS=_padded(width),
+            num_warps=tile.warps,
+        )
+    return added, normed
+
+
+@_op.register_fake
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, launch: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@jit("has_weight", "has_bias", "rows")
+def _add_layer_norm_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    added: tl.tensor,
+    normed: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    has_weight: tl.tensor,
+    has_bias: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    eps: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    # The tile's first element in int64, since the tensor may pass 2^31 elements; within a tile int32 is enough.
+    first = tl.program_id(0) * ROWS
+    start = first.to(tl.int64) * width
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    offset = row * width + column
+    present = (first + row < rows) & (column < width)
+
+    total = tl.load(x + start + offset, mask=present, other=0).to(tl.float32)
+    total += tl.load(residual + start + offset, mask=present, other=0).to(tl.float32)
+    tl.store(added + start + offset, total.to(added.dtype.element_ty), mask=present)
+
+    mean = tl.sum(total, axis=1)[:, None] / width
+    centred = tl.where(column < width, total - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1)[:, None] / width
+    scale = tl.load(weight + column, mask=(column < width) & (has_weight != 0), other=1.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=(column < width) & (has_bias != 0), other=0).to(tl.float32)
+    result = centred * (1.0 / tl.sqrt_rn(variance + eps)) * scale + shift
+    tl.store(normed + start + offset, result.to(normed.dtype.element_ty), mask=present)
+
+
+def _padded(width: int) -> int:
+    return 1 << max(width - 1, 0).bit_length()

@@ -1,0 +1,193 @@
+"""What every kernel states of itself, and the checks that say why one cannot run.
+
+A kernel is a function of tensors with a plain PyTorch equal beside it: same arguments, same result to rounding. It
+computes in fp32 whatever comes in and rounds once, at the end. None has a gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NotSupportedError, explain_failure
+
+T = TypeVar("T")
+
+SM = tuple[int, int]
+"""Compute capability of an NVIDIA GPU, such as (8, 6)."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_SOURCE = "https://triton-lang.org/main/getting-started/installation.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelLimits:
+    """What one kernel accepts.
+
+    Attributes:
+        kernel: its name, as reasons print it.
+        layout: the memory layout of its inputs, in words.
+        dtypes: of its activations; weights may be of any of these, whatever the activations are.
+        lowest_sm, lowest_sm_by_dtype: oldest NVIDIA generation, overall and for single dtypes.
+        sources: for each field above that holds a number, where the number is from.
+    """
+
+    kernel: str
+    layout: str
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    lowest_sm: SM = (7, 0)
+    lowest_sm_by_dtype: Mapping[torch.dtype, SM] = field(default_factory=lambda: {torch.bfloat16: (8, 0)})
+    sources: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "lowest_sm": _TRITON_SOURCE,
+            "lowest_sm_by_dtype": "facts/device.py: older cards only emulate bfloat16",
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One entry of `KERNELS`: a kernel, its plain equal, and how far the two may lie apart.
+
+    Attributes:
+        run, plain: the kernel and PyTorch's own way; both take the same arguments, `run` also `launch`.
+        reasons: takes the arguments of `run` and says why it would refuse them.
+        limits: what it accepts, as data.
+        tolerance: largest difference from the fp64 result over that result's largest magnitude, by dtype.
+    """
+
+    run: Callable[..., Any]
+    plain: Callable[..., Any]
+    reasons: Callable[..., list[str]]
+    limits: KernelLimits
+    tolerance: Mapping[torch.dtype, float]
+
+
+@cache
+def triton_reasons() -> tuple[str, ...]:
+    """Why Triton cannot be used, empty when it can; imports it, once."""
+    if importlib.util.find_spec("triton") is None:
+        return ("Triton is not installed",)
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a Triton built for another torch can fail in any way
+        return (f"Triton cannot be imported: {type(error).__name__}: {error}",)
+    return ()
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for, in which kernels run on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def unavailable() -> list[str]:
+    """Why no kernel can run in this process, whatever its inputs; empty when they can. Imports Triton."""
+    reasons = list(triton_reasons())
+    if not interpreting():
+        if not torch.cuda.is_available():
+            reasons.append("there is no CUDA device")
+        elif torch.version.hip is not None:
+            reasons.append("the kernels were tried on NVIDIA GPUs only, this torch is built for AMD")
+    return reasons
+
+
+def is_available() -> bool:
+    """Whether kernels can run in this process; `unavailable()` says why not."""
+    return not unavailable()
+
+
+def device_reasons(limits: KernelLimits, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why a kernel cannot take activations of this dtype on this device; empty when it can."""
+    sm = None
+    reasons = unavailable()
+    if device.type == "cuda" and not reasons:
+        sm = _capability(device)
+    elif device.type != "cuda" and not interpreting():
+        reasons.append(f"{limits.kernel} runs on NVIDIA GPUs, the tensor is on {device.type}")
+    return reasons + dtype_reasons(limits, dtype, sm)
+
+
+def dtype_reasons(limits: KernelLimits, dtype: torch.dtype, sm: SM | None) -> list[str]:
+    """Why a kernel cannot take a dtype on a GPU of level `sm` (None: not asked); empty when it can. Asks no device.
+
+    >>> dtype_reasons(KernelLimits(kernel="geglu", layout="contiguous"), torch.bfloat16, (7, 5))
+    ['geglu in bfloat16 needs SM 8.0, the GPU has 7.5']
+    """
+    if dtype not in limits.dtypes:
+        names = " or ".join(_name(accepted) for accepted in limits.dtypes)
+        return [f"{limits.kernel} takes {names}, the tensor is {_name(dtype)}"]
+    lowest = max(limits.lowest_sm, limits.lowest_sm_by_dtype.get(dtype, (0, 0)))
+    if sm is not None and sm < lowest:
+        return [f"{limits.kernel} in {_name(dtype)} needs SM {lowest[0]}.{lowest[1]}, the GPU has {sm[0]}.{sm[1]}"]
+    return []
+
+
+def vector_reasons(limits: KernelLimits, like: Tensor, shape: tuple[int, ...], **vectors: Tensor | None) -> list[str]:
+    """Why `vectors` (weight, bias, ...) do not fit beside the activations `like`: shape, dtype, device, layout."""
+    reasons = []
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if tuple(vector.shape) != shape:
+            reasons.append(f"{name} must be {list(shape)}, it is {list(vector.shape)}")
+        if vector.dtype not in limits.dtypes:
+            reasons.append(f"{name} is {_name(vector.dtype)}, which {limits.kernel} does not take")
+        if vector.device != like.device:
+            reasons.append(f"{name} is on {vector.device}, the activations are on {like.device}")
+        if not vector.is_contiguous():
+            reasons.append(f"{name} is not contiguous")
+    return reasons
+
+
+def grad_reasons(limits: KernelLimits, *tensors: Tensor | None) -> list[str]:
+    """Why a kernel refuses tensors that a gradient is recorded for; empty under `torch.no_grad()`."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return [f"{limits.kernel} has no gradient, and autograd is recording one"]
+    return []
+
+
+def refuse(limits: KernelLimits, reasons: list[str]) -> None:
+    """Raise what a kernel says when called outside its limits; do nothing without reasons.
+
+    Raises:
+        NotSupportedError: with every reason.
+    """
+    if not reasons:
+        return
+    raise NotSupportedError(
+        explain_failure(
+            f"the Triton kernel {limits.kernel}",
+            "; ".join(reasons),
+            f"{limits.layout}, an NVIDIA GPU, Triton, and no gradient",
+            f"call {limits.kernel}_plain(), which takes the same arguments, or run under torch.no_grad()",
+        )
+    )
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of `x` the current one, where Triton launches, whichever GPU is current."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def launch_from(kind: type[T], numbers: Sequence[int]) -> T:
+    """A launch dataclass from its values in order, which is how an operator of torch can be given one."""
+    names = (item.name for item in fields(kind))  # type: ignore[arg-type]
+    return kind(**dict(zip(names, numbers, strict=True)))
+
+
+@cache
+def _capability(device: torch.device) -> SM:
+    return torch.cuda.get_device_capability(device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,281 @@
+"""GroupNorm with optional SiLU on channels-last activations, without a layout copy, an added embedding on the way.
+
+In memory the input is `[B, S, C]`, S positions of C channels, and a group a narrow stripe of it. Two ways lead to its
+statistics, and `group_norm_launch` says when which:
+
+- single: one program a group takes the statistics and normalises. For groups small enough to be read again from cache.
+- split: programs take tiles of whole positions and store mean and squared deviations of each channel; a finishing
+  launch merges them by group; a third normalises. For the few, huge groups of a VAE and the top of a UNet.
+
+Both run Welford's update down the rows of a tile, one accumulator a slot, and merge slots around their common mean
+(Chan, Golub, LeVeque: https://doi.org/10.1080/00031305.1983.10483115). The sum of squares, which cancels when the mean
+is large beside the deviation, is never formed; and Welford needs one reading of memory where two passes need two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Kernel, KernelLimits, device_reasons, grad_reasons, launch_from, on_device_of, refuse, vector_reasons
+from .group_norm_device import apply_kernel, finish_kernel, partial_kernel, single_kernel
+
+LIMITS = KernelLimits(kernel="group_norm", layout="[B, C, ..] with channels innermost (torch.channels_last)")
+
+TOLERANCE = {
+    # One rounding to the dtype is 2^-11, 2^-8 of a value at most; the rest is for statistics in fp32.
+    torch.float32: 2e-6,
+    torch.float16: 5.2e-4,
+    torch.bfloat16: 4.1e-3,
+}
+
+SINGLE_SLOTS = 32768
+"""Largest group, in elements, that one program takes alone: four turns of `block`."""
+
+MOST_TILES = 1024
+"""Most tiles a channel is split into: enough programs for any GPU, while a finishing program still reads the tiles of a
+group (4 channels x 1024 tiles in a VAE) in two turns of `finish_block`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNormLaunch:
+    """How the work is cut.
+
+    Attributes:
+        split: take the statistics by tiles, see the module.
+        block, warps: elements that a single group's program holds at once, and its threads over 32.
+        rows, columns: positions and channels that a tile's program holds at once.
+        tile_rows: positions of a tile; a multiple of `rows` wastes nothing.
+        tile_warps: threads of a tile's program over 32.
+        finish_block, finish_warps: partial results that a finishing program holds at once, and its threads over 32.
+    """
+
+    split: bool
+    block: int = 8192
+    warps: int = 16
+    rows: int = 32
+    columns: int = 64
+    tile_rows: int = 64
+    tile_warps: int = 4
+    finish_block: int = 2048
+    finish_warps: int = 8
+
+
+def group_norm_launch(channels: int, positions: int, num_groups: int) -> GroupNormLaunch:
+    """The rule: a group up to `SINGLE_SLOTS` elements is one program's; larger ones are split into at most 1024 tiles.
+
+    8192 slots over 512 threads are 16 a thread, two accumulators each, which leaves registers free. A tile is 64
+    channels wide, a cache line of 16-bit values that divides every channel count of SD and SDXL, and 64 positions
+    long, which keeps its partial results at a sixteenth of what it reads (16-bit) and makes 640 programs of SD1.5's
+    smallest split norm; it grows where that would be more than 1024 tiles. The batch plays no part in the choice, so
+    an image's bits do not depend on how many are made beside it.
+
+    >>> group_norm_launch(1280, 16 * 16, 32).split, group_norm_launch(128, 512 * 512, 32).tile_rows
+    (False, 256)
+    """
+    columns = min(64, 1 << max(channels - 1, 0).bit_length())
+    tile_rows = max(64, 32 * -(-positions // (32 * MOST_TILES)))
+    split = positions * channels > SINGLE_SLOTS * num_groups
+    return GroupNormLaunch(split=split, columns=columns, tile_rows=tile_rows)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = False,
+    add: Tensor | None = None,
+    launch: GroupNormLaunch | None = None,
+) -> Tensor:
+    """Normalise each group of channels of each sample, in the memory layout the input has.
+
+    Args:
+        x: `[B, C, H, W]` in torch.channels_last, or any `[B, C, ..]` with channels innermost in memory.
+        num_groups: C is a multiple of it.
+        weight, bias: `[C]`, or None.
+        eps: added to the variance.
+        silu: apply SiLU to the result.
+        add: `[B, C]` added to every position before the norm: a resnet's time embedding. Added in fp32, and the sum is
+            not rounded to its dtype in between.
+        launch: another way or tile than `group_norm_launch` chooses.
+
+    Returns:
+        Shape, dtype and strides of `x`; computed in fp32 and rounded once.
+
+    Raises:
+        NotSupportedError: with the reasons `group_norm_reasons` gives.
+    """
+    refuse(LIMITS, grad_reasons(LIMITS, x, weight, bias, add))
+    output: Tensor = _op(x, num_groups, weight, bias, eps, silu, add, [] if launch is None else list(astuple(launch)))
+    return output
+
+
+def group_norm_plain(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = False,
+    add: Tensor | None = None,
+) -> Tensor:
+    """`group_norm` in plain PyTorch, as a diffusers resnet computes it; the layout of its result is PyTorch's choice.
+
+    >>> group_norm_plain(torch.tensor([[[1.0, 3.0]]]), 1, eps=0.0, add=torch.tensor([[5.0]]))
+    tensor([[[-1.,  1.]]])
+    """
+    if add is not None:
+        x = x + add.reshape(*add.shape, *(1,) * (x.ndim - 2))
+    output = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(output) if silu else output
+
+
+def group_norm_reasons(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = False,
+    add: Tensor | None = None,
+    launch: GroupNormLaunch | None = None,
+) -> list[str]:
+    """Why `group_norm` cannot take these arguments; empty when it can."""
+    reasons = device_reasons(LIMITS, x.device, x.dtype) + grad_reasons(LIMITS, x, weight, bias, add)
+    if x.ndim < 2:
+        return [*reasons, f"group_norm takes [B, C, ..], the shape is {list(x.shape)}"]
+    batch, channels = x.shape[:2]
+    if not x.movedim(1, -1).is_contiguous():
+        reasons.append("channels are not innermost in memory: x.to(memory_format=torch.channels_last) would copy")
+    if num_groups < 1 or channels % num_groups:
+        reasons.append(f"{channels} channels do not divide into {num_groups} groups")
+    reasons += vector_reasons(LIMITS, x, (channels,), weight=weight, bias=bias)
+    return reasons + vector_reasons(LIMITS, x, (batch, channels), add=add)
+
+
+KERNEL = Kernel(
+    run=group_norm,
+    plain=group_norm_plain,
+    reasons=group_norm_reasons,
+    limits=LIMITS,
+    tolerance=TOLERANCE,
+)
+
+_SCHEMA = (
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? add, int[] launch)"
+    " -> Tensor"
+)
+
+
+@torch.library.custom_op("diffusers_turbo::group_norm", mutates_args=(), schema=_SCHEMA)
+def _op(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    launch: Sequence[int],
+) -> Tensor:
+    refuse(LIMITS, group_norm_reasons(x, num_groups, weight, bias, eps, add=add))
+    output = torch.empty_like(x)
+    if x.numel() == 0:
+        return output
+    channels, positions = x.shape[1], x.numel() // (x.shape[0] * x.shape[1])
+    cut = launch_from(GroupNormLaunch, launch) if launch else group_norm_launch(channels, positions, num_groups)
+    with on_device_of(x):
+        (_run_split if cut.split else _run_single)(x, output, num_groups, weight, bias, eps, silu, add, cut)
+    return output
+
+
+@_op.register_fake
+def _(x: Tensor, *options: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _run_single(
+    x: Tensor,
+    output: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    cut: GroupNormLaunch,
+) -> None:
+    batch, channels = x.shape[:2]
+    positions = x.numel() // (batch * channels)
+    single_kernel[(batch * num_groups,)](
+        x,
+        output,
+        *(x if vector is None else vector for vector in (weight, bias, add)),
+        *(int(vector is not None) for vector in (weight, bias, add)),
+        int(silu),
+        positions,
+        channels,
+        eps,
+        GROUP=channels // num_groups,
+        BLOCK=cut.block,
+        num_warps=cut.warps,
+    )
+
+
+def _run_split(
+    x: Tensor,
+    output: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    cut: GroupNormLaunch,
+) -> None:
+    batch, channels = x.shape[:2]
+    positions = x.numel() // (batch * channels)
+    tiles, column_tiles = -(-positions // cut.tile_rows), -(-channels // cut.columns)
+    tile = {"ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.tile_warps}
+
+    partial = x.new_empty(2, batch, tiles, channels, dtype=torch.float32)
+    partial_kernel[(batch * tiles, column_tiles)](x, *partial, positions, channels, tiles, cut.tile_rows, **tile)
+
+    scale = x.new_empty(2, batch, channels, dtype=torch.float32)
+    finish_kernel[(batch * num_groups,)](
+        *partial,
+        *scale,
+        *(x if vector is None else vector for vector in (weight, add)),
+        *(int(vector is not None) for vector in (weight, add)),
+        positions,
+        channels,
+        num_groups,
+        tiles,
+        cut.tile_rows,
+        eps,
+        BLOCK=cut.finish_block,
+        num_warps=cut.finish_warps,
+    )
+
+    tiles = -(-positions // cut.rows)
+    apply_kernel[(batch * tiles, column_tiles)](
+        x,
+        output,
+        *scale,
+        x if bias is None else bias,
+        int(bias is not None),
+        int(silu),
+        positions,
+        channels,
+        tiles,
+        **tile,
+    )

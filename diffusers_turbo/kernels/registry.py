@@ -1,0 +1,16 @@
+"""Which kernels there are; tests and benchmarks run over this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .add_layer_norm import KERNEL as ADD_LAYER_NORM
+from .base import Kernel
+from .geglu import KERNEL as GEGLU
+from .group_norm import KERNEL as GROUP_NORM
+
+KERNELS: Mapping[str, Kernel] = {
+    "group_norm": GROUP_NORM,
+    "geglu": GEGLU,
+    "add_layer_norm": ADD_LAYER_NORM,
+}

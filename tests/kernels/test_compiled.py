@@ -1,0 +1,24 @@
+"""Every launch of SD1.5 compiles for a real GPU, without one: no spilled register, whole vectors, few variants."""
+
+from __future__ import annotations
+
+import json
+
+from tests.kernels.child import run_child
+from tests.kernels.test_interpreted import needs_triton
+
+
+@needs_triton
+def test_compiles_for_ampere(tmp_path):
+    child = run_child("tests.kernels.compiling", "float16", TRITON_CACHE_DIR=str(tmp_path))
+    assert child.returncode == 0, child.stderr[-4000:]
+    variants = json.loads(child.stdout)
+    assert len({variant["kernel"] for variant in variants}) == 6
+    # Each costs about half a second before the first image, once a machine: group_norm by channels a group.
+    assert len(variants) <= 14
+    for variant in variants:
+        assert (variant["stack"], variant["local"]) == (0, 0), variant
+        if variant["kernel"] not in ("single_kernel", "finish_kernel"):
+            assert variant["ld"] == 16, variant
+        if variant["kernel"] in ("apply_kernel", "_geglu_kernel", "_add_layer_norm_kernel"):
+            assert variant["st"] == 16, variant
