@@ -14,14 +14,14 @@ import torch
 
 from .actions.attention import FusedAttention
 from .actions.host import host_method
-from .actions.ledger import close_ledger, ledger_of, open_ledger
+from .actions.ledger import ledger_of, open_ledger
 from .copying import CopiesItsLevers
 from .looking import LooksAndUndoes
+from .looping import LoopsWithoutWaiting
 from .planning import options as opt
-from .planning.options import Options
 
 
-class TurboMixin(LooksAndUndoes, CopiesItsLevers):
+class TurboMixin(LoopsWithoutWaiting, LooksAndUndoes, CopiesItsLevers):
     """Adds this package's switches to a diffusers pipeline.
 
     Get one from `turbo(pipe)`, or write `class MyPipe(TurboMixin, StableDiffusionPipeline)`.
@@ -309,6 +309,24 @@ class TurboMixin(LooksAndUndoes, CopiesItsLevers):
         for action in ("compile_unet", "compile_transformer", "compile_vae"):
             self._disable(action)
 
+    def enable_cuda_graphs(self, max_graphs: int = 8) -> None:
+        """Exact: record each component's work as CUDA graphs and replay it, with or without compilation.
+
+        Results are copies, safe to keep. A change of weights, adapters, processors or their numbers records anew; a
+        call that cannot be recorded runs as it would without graphs, and the report says why.
+
+        Args:
+            max_graphs: graphs kept for each component, one a size and batch; the least recently used goes first.
+
+        Raises:
+            NotSupportedError: not on a CUDA device, or offload is on.
+        """
+        self._enable(opt.CUDAGraphs(max_graphs=max_graphs))
+
+    def disable_cuda_graphs(self) -> None:
+        """Switch `enable_cuda_graphs` off and give the graphs' memory back."""
+        self._disable("enable_cuda_graphs")
+
     def trace_unet(
         self,
         height: int | None = None,
@@ -336,20 +354,6 @@ class TurboMixin(LooksAndUndoes, CopiesItsLevers):
     def untrace_unet(self) -> None:
         """Switch `trace_unet` off."""
         self._disable("trace_unet")
-
-    def _enable(self, options: Options) -> None:
-        try:
-            open_ledger(self).enable(self, options)
-        finally:
-            close_ledger(self)
-
-    def _disable(self, action: str) -> None:
-        open_ledger(self).disable(self, action)
-        close_ledger(self)
-
-    def _is_off(self, action: str) -> bool:
-        ledger = ledger_of(self)
-        return ledger is None or ledger.find(action) is None
 
 
 def _in_scope(host_call: Callable[..., Any]) -> Callable[..., Any]:

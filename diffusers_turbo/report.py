@@ -85,7 +85,7 @@ def report_on(pipe: Any, ledger: Any, left_alone: tuple[str, ...] = ()) -> Repor
                     exact=options.exact,
                     lossy_reason=options.lossy_reason,
                     in_force=lever is stack[-1],
-                    notes=tuple(lever.journal.notes) if lever.journal else (),
+                    notes=tuple(lever.journal.told()) if lever.journal else (),
                 )
             )
     return Report(

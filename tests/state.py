@@ -18,6 +18,9 @@ def state_of(pipe: Any) -> dict[str, Any]:
                 for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                     if tensor is not None:
                         state[f"{component}.{path}.{name}"] = _tensor(tensor)
+        elif component == "scheduler":
+            # its values change with every call; which attributes it has of its own does not
+            state["scheduler"] = (type(root).__name__, id(root), tuple(sorted(vars(root))))
     return state
 
 

@@ -33,6 +33,7 @@ EXACT_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
         "enable_group_offload",
         {"onload_device": "cuda" if CUDA else "cpu", "offload_type": "leaf_level"},
     ),
+    "sync_free_loop": ("enable_sync_free_loop", {}),
     "compiled": ("compile_unet", {} if CUDA else {"backend": "aot_eager"}),
     "traced": ("trace_unet", {}),
 }

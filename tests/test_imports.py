@@ -60,12 +60,17 @@ MAY_IMPORT = {
     "facts": {"errors"},
     "planning": {"errors", "facts"},
     "attention": {"errors"},
-    "actions": {"errors", "facts", "planning", "attention", "mixin"},
+    "kernels": {"errors"},
+    "graphs": set(),
+    "schedulers": set(),
+    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "mixin"},
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs
     "verification": {"errors", "facts", "planning", "actions", "copying", "parity", "entry"},
     "looking": {"actions", "report", "verification"},
-    "mixin": {"actions", "copying", "looking", "planning"},
+    "switching": {"actions", "planning"},
+    "looping": {"planning", "switching"},
+    "mixin": {"actions", "copying", "looking", "looping", "planning"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "verification"},
 }
 

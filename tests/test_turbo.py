@@ -87,6 +87,7 @@ def test_from_pipe_both_ways(pipe):
         "fuse_qkv_projections",
         "enable_vae_slicing",
         "enable_vae_tiling",
+        "enable_sync_free_loop",
     ],
 )
 def test_copies_have_a_ledger_of_their_own(pipe, carry, switch):

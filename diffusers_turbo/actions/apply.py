@@ -7,7 +7,7 @@ from typing import Any
 from ..planning import options as opt
 from ..planning.options import Options
 from ..planning.plan import Plan
-from . import attention, compiling, layout, offload, precision, projections, tf32, tracing, vae
+from . import attention, compiling, graphs, layout, offload, precision, projections, scheduler, tf32, tracing, vae
 from .ledger import Apply, close_ledger, open_ledger
 from .undo import Journal
 
@@ -26,10 +26,12 @@ APPLY: dict[type[Options], Apply] = {
     opt.ModelOffload: offload.apply_model,
     opt.SequentialOffload: offload.apply_sequential,
     opt.GroupOffload: offload.apply_group,
+    opt.SyncFreeLoop: scheduler.apply,
     opt.CompileUNet: compiling.apply,
     opt.CompileTransformer: compiling.apply,
     opt.CompileVAE: compiling.apply,
     opt.TraceUNet: tracing.apply,
+    opt.CUDAGraphs: graphs.apply,
 }
 """The function behind each kind of options."""
 

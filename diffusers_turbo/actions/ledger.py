@@ -31,6 +31,9 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "projections": ("offload", "trace"),
     "attention": ("trace",),
     "offload": ("trace",),
+    "compile_unet": ("graphs",),
+    "compile_transformer": ("graphs",),
+    "compile_vae": ("graphs",),
 }
 """Slots that are taken off while the slot on the left changes, outermost last."""
 
@@ -176,7 +179,8 @@ class Ledger:
     def after_copy(self, pipe: Any) -> None:
         """Make on the copy what copied modules do not carry along: offload hooks, traces, compiled calls."""
         self._put_on(pipe, *(lever for slot in HOOKED_SLOTS if (lever := self.top(slot)) is not None))
-        for lever in self.in_force():
+        # what wraps comes after what it wraps
+        for lever in sorted(self.in_force(), key=lambda lever: _depth(stack_name(lever.options))):
             for change in lever.journal.changes if lever.journal else ():
                 if hasattr(change, "after_copy"):
                     change.after_copy()

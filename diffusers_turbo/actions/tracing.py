@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
+from ..graphs.watch import NUMBERS
 from ..planning.options import TraceUNet
 from .components import component, require_plain_weights
 from .undo import Journal, journaling
@@ -49,10 +50,6 @@ class _TensorsOnly(nn.Module):
 
 
 ADDED = ("text_embeds", "time_ids")
-
-PLAIN_NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
-"""Attributes of modules that change what a UNet computes: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
-(diffusers.utils.torch_utils.apply_freeu)."""
 
 
 class TracedForward:
@@ -152,7 +149,7 @@ def what_a_trace_bakes_in(unet: nn.Module) -> list[Any]:
     """Return what a trace of the UNet would fix: which parameters, and the plain numbers of LoRA layers and FreeU."""
     baked: list[Any] = list(map(id, unet.parameters()))
     for module in unet.modules():
-        numbers = {name: vars(module)[name] for name in PLAIN_NUMBERS if name in vars(module)}
+        numbers = {name: vars(module)[name] for name in NUMBERS if name in vars(module)}
         if numbers:
             baked.append(repr(numbers))
     return baked

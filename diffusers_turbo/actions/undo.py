@@ -113,6 +113,10 @@ class Journal:
                 if not same(new, old):
                     self.changes.append(AttributeChange(target, name, old, new))
 
+    def told(self) -> list[str]:
+        """Return the notes, and what changes that go on working (captured graphs) say of themselves by now."""
+        return [*self.notes, *(text for change in self.changes if hasattr(change, "tell") for text in change.tell())]
+
     def add(self, change: Change) -> None:
         """Remember a change that was just made."""
         self.changes.append(change)

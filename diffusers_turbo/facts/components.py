@@ -162,4 +162,8 @@ def _hooks(module: torch.nn.Module) -> tuple[str, ...]:
 
 def _is_compiled(module: Any) -> bool:
     # torch.compile(module) wraps it into an OptimizedModule, module.compile() sets the compiled call in place
-    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+    call = getattr(module, "_compiled_call_impl", None)
+    # captured graphs stand in the same place, over the compiled call if there is one
+    if (inner := getattr(call, "inner", None)) is not None:
+        call = None if inner == module._call_impl else inner
+    return call is not None or type(module).__name__ == "OptimizedModule"

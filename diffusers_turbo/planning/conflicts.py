@@ -9,6 +9,7 @@ from .options import (
     CompileTransformer,
     CompileUNet,
     CompileVAE,
+    CUDAGraphs,
     FusedQKV,
     GroupOffload,
     ModelOffload,
@@ -27,8 +28,10 @@ SLOT_ORDER: dict[str, str] = {
     "vae_slicing": "before tiling, which then works on single pictures",
     "vae_tiling": "before offload and compile, which see the decoder that really runs",
     "offload": "after all that touches weights: its hooks move what is then final",
+    "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",
     "trace": "last: a trace freezes what it sees",
+    "graphs": "over everything: a graph records what all the other switches make the modules do",
 }
 """Slot -> why it stands where it stands. The order of the keys is the order in which switches are applied."""
 
@@ -39,6 +42,8 @@ _EXCLUSIVE_SLOTS = {
     "offload": "a component has one mover of its weights at a time",
 }
 
+# these modes of Inductor record CUDA graphs themselves
+_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _COMPILES = (CompileUNet, CompileTransformer, CompileVAE)
 _STREAMING = (GroupOffload, SequentialOffload)
 
@@ -86,6 +91,22 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(CompileVAE,),
         second=(VAETiling,),
         reason="tiles at the border have other sizes, and each size would be compiled anew",
+    ),
+    Conflict(
+        first=(CUDAGraphs,),
+        second=(ModelOffload, *_STREAMING),
+        reason="offload moves weights in the middle of a call, and a graph holds their addresses",
+    ),
+    Conflict(
+        first=(CUDAGraphs,),
+        second=_COMPILES,
+        reason="this mode of the compiler records graphs itself; compile without a mode",
+        applies=lambda first, second: getattr(second, "mode", None) in _MODES_WITH_GRAPHS,
+    ),
+    Conflict(
+        first=(CUDAGraphs,),
+        second=(TraceUNet,),
+        reason="TorchScript chooses its kernels in its first calls, which a recording must not see",
     ),
     Conflict(
         first=(FusedQKV,),

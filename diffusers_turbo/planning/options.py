@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from ..errors import InvalidOptionError, explain_failure
+from .base import Options as Options
+from .base import is_int
 
 SDPA_BACKENDS = ("auto", "flash", "efficient", "cudnn", "math")
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OFFLOAD_TYPES = ("block_level", "leaf_level")
 HALF_DTYPES = ("float16", "bfloat16")
+SYNC_FREE_SCHEDULERS = (
+    *("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "FlowMatchEulerDiscreteScheduler"),
+)
+"""Schedulers for which the package has a loop without waiting (`schedulers/registry.py`)."""
 
 _DTYPE_ALIASES = {
     "fp16": "float16",
@@ -35,45 +42,6 @@ def dtype_name(value: object) -> str:
     """
     name = str(value).removeprefix("torch.")
     return _DTYPE_ALIASES.get(name, name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What one action was asked to do. Subclasses add fields and check them in `__post_init__`."""
-
-    action: ClassVar[str]
-    slot: ClassVar[str]
-    exact: ClassVar[bool] = True
-    lossy_reason: ClassVar[str | None] = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name, in the order of the method's arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def _refuse(self, name: str, needed: str, do: str) -> InvalidOptionError:
-        tried = f"{self.action}({name}={getattr(self, name)!r})"
-        return InvalidOptionError(explain_failure(tried, f"{name} = {getattr(self, name)!r}", needed, do))
-
-    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise self._refuse(name, f"one of {', '.join(map(repr, choices))}", f"choose one of these for {name}")
-
-    def _check_positive(self, name: str, *, multiple_of: int = 1) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if not _is_int(value) or value <= 0 or value % multiple_of:
-            kind = "a positive integer" if multiple_of == 1 else f"a positive multiple of {multiple_of}"
-            raise self._refuse(name, kind, f"give {kind}, or leave {name} out")
-
-    def _check_flags(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise self._refuse(name, "True or False", f"give True or False for {name}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +91,7 @@ class SlicedAttention(Options):
 
     def __post_init__(self) -> None:
         size = self.slice_size
-        if size not in ("auto", "max", None) and not (_is_int(size) and isinstance(size, int) and size > 0):
+        if size not in ("auto", "max", None) and not (is_int(size) and isinstance(size, int) and size > 0):
             raise self._refuse("slice_size", '"auto", "max" or a positive number of heads', 'use "auto"')
         self._check_positive("max_bytes")
 
@@ -241,7 +209,7 @@ class SequentialOffload(Options):
 
 
 def _check_gpu_id(options: Options, gpu_id: int | None) -> None:
-    if gpu_id is not None and (not _is_int(gpu_id) or gpu_id < 0):
+    if gpu_id is not None and (not is_int(gpu_id) or gpu_id < 0):
         raise options._refuse("gpu_id", "a device number from 0 on", "leave gpu_id out to use the current device")
 
 
@@ -275,6 +243,14 @@ class GroupOffload(Options):
             raise self._refuse("num_blocks_per_group", "1 with use_stream=True", "set it to 1, or use_stream=False")
         if self.record_stream and not self.use_stream:
             raise self._refuse("record_stream", "use_stream=True", "set use_stream=True, or leave record_stream out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncFreeLoop(Options):
+    """Step the scheduler with timesteps from host memory, so that the host never waits for the GPU in the loop."""
+
+    action = "enable_sync_free_loop"
+    slot = "scheduler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +322,21 @@ class TraceUNet(Options):
             raise self._refuse("load_path", "save_path or load_path, not both", "leave one of the two out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CUDAGraphs(Options):
+    """Capture each component's calls as CUDA graphs; `max_graphs` are kept for each, the least recently used goes."""
+
+    action = "enable_cuda_graphs"
+    slot = "graphs"
+
+    max_graphs: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_graphs is None:
+            raise self._refuse("max_graphs", "a positive integer", "leave max_graphs out for 8")
+        self._check_positive("max_graphs")
+
+
 ACTIONS: dict[str, type[Options]] = {
     cls.action: cls
     for cls in (
@@ -362,10 +353,12 @@ ACTIONS: dict[str, type[Options]] = {
         ModelOffload,
         GroupOffload,
         SequentialOffload,
+        SyncFreeLoop,
         CompileUNet,
         CompileTransformer,
         CompileVAE,
         TraceUNet,
+        CUDAGraphs,
     )
 }
 """Every action by its method's name, in the order in which slots are applied."""

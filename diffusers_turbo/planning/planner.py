@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
 from .fitting import Estimated, Rung, judge_memory, make_ladder
+from .loop import judge_loop
 from .memory import MemoryEstimate, estimate_memory, holds_scores
 from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Plan, Rejected, Step
@@ -22,6 +23,7 @@ from .request import Request, Situation, Verdict, settle
 from .speed import (
     judge_attention,
     judge_compile,
+    judge_graphs,
     judge_layout,
     judge_precision,
     judge_projections,
@@ -155,7 +157,7 @@ def _draft(situation: Situation, rung: Rung) -> _Draft:
     compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")
     layout = judge_layout(situation, dtype, compiled)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
-    verdicts.append(judge_trace(situation))
+    verdicts += [judge_loop(situation), judge_trace(situation), judge_graphs(situation)]
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
     estimate = estimate_memory(

@@ -17,6 +17,7 @@ from .options import (
     CompileTransformer,
     CompileUNet,
     CompileVAE,
+    CUDAGraphs,
     FusedQKV,
     HalfPrecision,
     NaiveAttention,
@@ -315,4 +316,15 @@ def judge_trace(situation: Situation) -> Verdict:
         option,
         f"Python between the kernels is a visible share for a UNet of {size / 1e6:.0f} M parameters on a CPU: "
         f"{plain} to {traced} s a picture (emoji model, 20 steps).",
+    )
+
+
+def judge_graphs(situation: Situation) -> Verdict:
+    """Decide on CUDA graphs: what is decided without a measurement is to leave them to the user."""
+    option, device = CUDAGraphs(), situation.device
+    if device.device_type != "cuda":
+        return leave(option, f"Graphs are recorded on CUDA devices only; this is {device.name}.")
+    return leave(
+        option,
+        "It spares the launches one by one, but this package has not measured it on a GPU yet; throw it yourself.",
     )

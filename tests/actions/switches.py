@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from diffusers_turbo.schedulers.loop import LoopMethod
+
 Pipe = Any
 
 
@@ -126,6 +128,12 @@ SWITCHES = [
         "offload",
         {"onload_device": "cpu", "offload_type": "leaf_level"},
         name="enable_group_offload-leaf",
+    ),
+    Switch(
+        "enable_sync_free_loop",
+        "disable_sync_free_loop",
+        lambda pipe: isinstance(pipe.scheduler.step, LoopMethod),
+        "scheduler",
     ),
     Switch(
         "compile_unet",

@@ -24,6 +24,7 @@ SWITCHES = {
     "fuse_qkv_projections": {},
     "enable_vae_slicing": {},
     "enable_vae_tiling": {"tile_size": 32},
+    "enable_sync_free_loop": {},
     "enable_model_cpu_offload": {},
     "enable_sequential_cpu_offload": {},
     "enable_group_offload": {"offload_type": "leaf_level", "use_stream": True},

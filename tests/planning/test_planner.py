@@ -143,7 +143,7 @@ def test_vae_slicing_is_for_batches_that_need_it():
     assert "nothing to slice" in _reason(_on("H100"), "enable_vae_slicing")
     assert "Not needed" in _reason(_on("H100", batch_size=8), "enable_vae_slicing")
     tight = _on("H100", batch_size=8, vram_budget="5GB")
-    assert _actions(tight)[-1] == "enable_vae_slicing"
+    assert "enable_vae_slicing" in _actions(tight)
     assert tight.exact
 
 

@@ -1,0 +1,176 @@
+"""A module's call under graphs: first sight of a signature runs eagerly, the second captures, the rest replay."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from .capture import CAPTURES, Capture
+from .signature import Signature, fill, flatten, signature_of, static_copies, unflatten
+from .watch import Watch, why_not_capturable
+
+REMEMBERED = 64
+"""Signatures whose first sight is remembered."""
+
+
+@dataclass
+class Graph:
+    """A capture with the tensors it reads from, and the structure of what it returns."""
+
+    capture: Capture
+    static: list[Any]
+    outputs: list[Any]
+    structure: TreeSpec
+
+    def run(self, leaves: list[Any]) -> Any:
+        """Replay on new inputs; the results are copies, safe to keep."""
+        with self.capture.in_turn():
+            fill(self.static, leaves)
+            self.capture.replay()
+            results = [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
+        return unflatten(results, self.structure)
+
+    def release(self) -> None:
+        """Let go of the tensors first, so that the capture can give their memory back."""
+        self.static.clear()
+        self.outputs.clear()
+        self.capture.release()
+
+
+class GraphedCall:
+    """Stands where `nn.Module` keeps its compiled call, over the module's own (or compiled) call."""
+
+    def __init__(self, module: nn.Module, inner: Callable[..., Any], max_graphs: int) -> None:
+        """Make the call of a module.
+
+        Args:
+            module: whose call it is.
+            inner: what computes it: the compiled call, or `module._call_impl`.
+            max_graphs: how many captures to keep; the least recently used goes first.
+        """
+        self.module, self.inner, self.max_graphs = module, inner, max_graphs
+        self.device = next(module.parameters()).device
+        self.graphs: OrderedDict[Signature, Graph] = OrderedDict()
+        self.captured = self.replayed = self.eager = 0
+        self.reason: str | None = None
+        self._seen: OrderedDict[Signature, None] = OrderedDict()
+        self._refused: dict[Signature, str] = {}
+        self._lock = threading.RLock()
+        self._watch: Watch | None = None
+        self._numbers: tuple[Any, ...] = ()
+        self._checked = False
+        self._calls_inside = 0
+
+    def enter_call(self) -> None:
+        """A call of the pipeline begins: the next call of the module looks at all of it again."""
+        with self._lock:
+            self._calls_inside += 1
+            self._checked = False
+
+    def leave_call(self) -> None:
+        """A call of the pipeline ends."""
+        with self._lock:
+            self._calls_inside -= 1
+            self._checked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module: replay where a valid graph is there, else eagerly."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_capturing(self.device):
+            return self.inner(*args, **kwargs)
+        with self._lock:
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._refresh()
+        leaves, structure = flatten(args, kwargs)
+        key = None if self.reason else signature_of(leaves, structure, self.device)
+        if key is None or key in self._refused:
+            return self._run_eagerly(args, kwargs)
+        graph = self.graphs.get(key)
+        if graph is None:
+            if key not in self._seen:
+                # also the warm-up: a capture needs all kernels chosen and compiled
+                self._remember(key)
+                return self._run_eagerly(args, kwargs)
+            graph = self._capture(key, leaves, structure)
+            if graph is None:
+                return self._run_eagerly(args, kwargs)
+        self.graphs.move_to_end(key)
+        self.replayed += 1
+        return graph.run(leaves)
+
+    def _run_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.eager += 1
+        return self.inner(*args, **kwargs)
+
+    def _refresh(self) -> None:
+        """Drop the graphs if what they baked in has changed."""
+        if self._watch is None:
+            self._watch, self.reason = Watch(self.module), why_not_capturable(self.module)
+        elif not (self._checked and self._calls_inside):
+            fingerprint = self._watch.take()
+            if fingerprint != self._watch.fingerprint:
+                self._watch.fingerprint = fingerprint
+                self.reason = why_not_capturable(self.module)
+                self.device = next(self.module.parameters()).device
+                self.clear()
+        self._checked = True
+        numbers = self._watch.numbers()
+        if numbers != self._numbers:
+            self._numbers = numbers
+            self.clear()
+
+    def _remember(self, key: Signature) -> None:
+        self._seen[key] = None
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+
+    def _capture(self, key: Signature, leaves: list[Any], structure: TreeSpec) -> Graph | None:
+        while len(self.graphs) >= self.max_graphs:
+            _, oldest = self.graphs.popitem(last=False)
+            oldest.release()
+        static = static_copies(leaves, self.device)
+
+        def run() -> Any:
+            args, kwargs = unflatten(static, structure)
+            return self.inner(*args, **kwargs)
+
+        try:
+            capture = CAPTURES[self.device.type](run, self.device)
+        except Exception as error:
+            # whatever a call does that cannot be recorded; it runs as it would without graphs
+            self._refused[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return None
+        outputs, output_structure = tree_flatten(capture.output)
+        graph = self.graphs[key] = Graph(capture, static, outputs, output_structure)
+        self.captured += 1
+        return graph
+
+    def clear(self) -> None:
+        """Release every graph and forget what was seen."""
+        with self._lock:
+            for graph in self.graphs.values():
+                graph.release()
+            self.graphs.clear()
+            self._seen.clear()
+            self._refused.clear()
+
+    def tell(self) -> str:
+        """Say what happened so far."""
+        counts = f"{self.captured} captured, {len(self.graphs)} kept, {self.replayed} replays"
+        told = f"{type(self.module).__name__}: {counts}"
+        if self.reason:
+            return f"{told}; runs eagerly: {self.reason}"
+        refused = "; ".join(sorted(set(self._refused.values())))
+        return f"{told}; could not be captured: {refused}" if refused else told
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
