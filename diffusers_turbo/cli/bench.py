@@ -24,6 +24,7 @@ from ..bench.strict_json import dumps, to_plain
 from ..bench.suites import Section, read_suite, suites
 from ..bench.tables import csv_text, markdown, rich_table
 from ..bench.writing import write_whole
+from ..errors import MissingPackageError
 from . import arguments as arg
 from .output import notices, progress_bar, results
 
@@ -155,7 +156,10 @@ def attention(
             write_whole(out / "attention.json", dumps(data), "the results")
     if any(point.microseconds for point in points):
         title = f"{environment['device_name']}, {loaded}, [B, H, N, D] = [{batch}, 8, N, 40]"
-        plot_attention(points, out / "attention.png", device=title)
+        try:
+            plot_attention(points, out / "attention.png", device=title)
+        except MissingPackageError as error:
+            notices.print(f"no plot: {error}", highlight=False, markup=False)
     if as_json:
         results.print_json(dumps(data))
         return
@@ -224,10 +228,13 @@ def _write_files(found: Results, folder: Path, beside: list[str]) -> None:
     write_whole(folder / "results.csv", csv_text(found), "the CSV table")
     text = markdown(found) + ("\n" + "\n".join(beside) + "\n" if beside else "")
     write_whole(folder / "results.md", text, "the Markdown table")
-    if any(row.measured for row in found.rows):
-        plot_bars(found, folder / "times.png")
+    try:
+        if any(row.measured for row in found.rows):
+            plot_bars(found, folder / "times.png")
         if any(row.measured and (row.peak_allocated_bytes or row.peak_host_bytes) for row in found.rows):
             plot_memory(found, folder / "memory.png")
+    except MissingPackageError as error:  # the numbers stand without the pictures
+        notices.print(f"no plots: {error}", highlight=False, markup=False)
 
 
 def _print_list() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -101,8 +100,3 @@ def _weightless(name: str, dtype: str) -> Any:
 
         return build(name.removeprefix(ARCHITECTURE), dtype=getattr(torch, dtype), device="meta")
     return load_model(name, dtype, "cpu")
-
-
-def print_json(data: Any) -> None:
-    """Print plain data as strict JSON."""
-    results.print_json(json.dumps(data))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .options import SYNC_FREE_SCHEDULERS, SyncFreeLoop
-from .request import Situation, Verdict, leave, take
+from .request import Situation, Verdict, leave
 
 _WAITS = {
     "DDIMScheduler": "at each step, for the timestep",
@@ -18,7 +18,7 @@ _WAITS_ONCE = "once a picture, unless the pipeline says where the loop begins"
 
 
 def judge_loop(situation: Situation) -> Verdict:
-    """Decide on the loop without waiting: exact and free where host and device work side by side."""
+    """Decide on the loop without waiting: what was not measured is left to the user."""
     name, device, option = situation.pipeline.scheduler, situation.device, SyncFreeLoop()
     if device.device_type == "cpu":
         return leave(option, f"On {device.name} host and device are one: there is nothing to wait for.")
@@ -28,4 +28,6 @@ def judge_loop(situation: Situation) -> Verdict:
         return leave(option, f"{situation.pipeline.class_name} has no scheduler.")
     if name not in SYNC_FREE_SCHEDULERS:
         return leave(option, f"{name} is not among the schedulers it knows: {', '.join(SYNC_FREE_SCHEDULERS)}.")
-    return take(option, f"Exact; {name} makes the host wait for the GPU {_WAITS.get(name, _WAITS_ONCE)}.")
+    waits = f"{name} makes the host wait for the GPU {_WAITS.get(name, _WAITS_ONCE)}"
+    # a plan throws only what was run and measured on a GPU
+    return leave(option, f"{waits}; this package has not measured what it spares on a GPU yet.")

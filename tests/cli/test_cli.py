@@ -88,6 +88,24 @@ def test_bench_attention(tmp_path, capsys):
     assert "--backends: found flush; needed: names among naive" in capsys.readouterr().err
 
 
+def test_without_matplotlib_the_numbers_stand(tmp_path, monkeypatch, capsys):
+    import builtins
+
+    sound = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError("No module named 'matplotlib'", name=name)
+        return sound(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    asked = ["bench", *MODEL, "--configs", "stock", "--steps", "1", "--rounds", "1", "--pairs", "0"]
+    assert main([*asked, "--out", str(tmp_path)]) == 0
+    assert "no plots: " in capsys.readouterr().err
+    assert (tmp_path / "results.md").exists()
+    assert not (tmp_path / "times.png").exists()
+
+
 def test_bench_list(capsys):
     assert main(["bench", "--list"]) == 0
     printed = told(capsys)
