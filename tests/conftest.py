@@ -16,8 +16,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+LONGEST_FILES = ("test_exactness.py", "test_interpreted.py", "test_switches.py", "test_sequences.py")
+"""Files that keep one of two workers busy for long: started last, the other one would wait for them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU."""
+    """Skip GPU tests where there is no GPU, and begin with the longest files."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
     if torch.cuda.is_available():
         return
     for item in items:
