@@ -175,7 +175,8 @@ def ctrl_c(monkeypatch):
     return sent
 
 
-AT_WORK = "print('at work', file=sys.stderr, flush=True)"
+# a test run in the background has Ctrl-C ignored, and its children inherit that
+AT_WORK = "signal.signal(signal.SIGINT, signal.default_int_handler); print('at work', file=sys.stderr, flush=True)"
 
 
 def test_ctrl_c_keeps_what_the_process_saved_and_the_next_run_goes_on(tmp_path, child, ctrl_c):
