@@ -107,10 +107,10 @@ def test_diffusion_fast_compiles_without_touching_the_process(monkeypatch):
     before = torch._inductor.config.get_config_copy()
     pipe = tiny.sd()
     PEERS["diffusion-fast"].apply(pipe)
-    assert [getattr(model, "__name__", type(model).__name__) for model, _ in compiled] == [
-        "UNet2DConditionModel",
-        "decode",
-    ]
+    (unet, _), (decode, _) = compiled
+    assert unet is pipe.unet
+    # a decorator of diffusers 0.38 gives the method another name
+    assert decode.__func__ is type(pipe.vae).decode
     for _, arguments in compiled:
         assert arguments["fullgraph"]
         assert arguments["options"]["max_autotune"]
