@@ -94,14 +94,14 @@ def auto_optimize(
     # before anything is switched on, so that no fault of a switch can reach the reference
     yardstick = Yardstick(pipe, make_inputs(height=height, width=width, batch_size=batch_size)) if verify else None
     apply_plan(pipe, chosen)
-    ledger = open_ledger(pipe)
-    ledger.plan = chosen
+    verification = None
     if yardstick is not None:
         settlement = settle(pipe, chosen, yardstick)
-        ledger = open_ledger(pipe)
-        ledger.plan, ledger.verification = settlement.plan, settlement.verification
+        chosen, verification = settlement.plan, settlement.verification
         for guilty in settlement.guilty:
             logger.warning("%s: %s", guilty.step.action, guilty.reason)
+    ledger = open_ledger(pipe)
+    ledger.plan, ledger.verification = chosen, verification
     return pipe
 
 

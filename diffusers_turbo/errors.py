@@ -26,6 +26,15 @@ class ActionFailedError(TurboError):
     """An action failed half-way and was rolled back; the original error is its `__cause__`."""
 
 
+def in_one_line(error: BaseException, most: int | None = None) -> str:
+    """Name a foreign error and quote its text without line breaks, the first `most` characters of it.
+
+    >>> in_one_line(ValueError("one\\ntwo"))
+    'ValueError: one two'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 def explain_failure(tried: str, found: str, needed: str, do: str) -> str:
     """Return the four-part message every `TurboError` of this package carries.
 

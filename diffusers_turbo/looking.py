@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .actions.ledger import close_ledger, ledger_of
 from .report import Report, report_on
+from .verification.check import Verification, Yardstick
 from .verification.inputs import STEPS, make_inputs
-
-if TYPE_CHECKING:
-    from .verification.check import Verification
 
 
 class LooksAndUndoes:
@@ -49,8 +47,6 @@ class LooksAndUndoes:
         Raises:
             NotSupportedError: the scheduler draws noise in each step and the dtype is not fp32, or nothing fits.
         """
-        from .verification.check import Yardstick
-
         inputs = make_inputs(
             prompts,
             pairs,

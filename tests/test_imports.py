@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "planning": {"errors", "facts"},
     "attention": {"errors"},
     "kernels": {"errors"},
-    "graphs": set(),
+    "graphs": {"errors"},
     "schedulers": set(),
     "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "mixin"},
     "copying": {"errors", "actions"},

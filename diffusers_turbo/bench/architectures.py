@@ -5,7 +5,6 @@ What a model takes in time and memory follows from its config alone; its picture
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from ..errors import InvalidOptionError, explain_failure
 from .model_configs import ARCHITECTURES, Architecture
 from .parts import make_part, seeded
+from .reading import what_to_choose
 from .schedulers import make_scheduler
 from .text_encoders import make_tokenizer
 
@@ -46,8 +46,7 @@ def find(name: str) -> Architecture:
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    close = difflib.get_close_matches(str(name), ARCHITECTURES, n=3)
-    do = f"did you mean {' or '.join(map(repr, close))}?" if close else "choose one of these names"
+    do = what_to_choose(name, ARCHITECTURES, "choose one of these names")
     needed = f"one of {', '.join(ARCHITECTURES)}"
     raise InvalidOptionError(explain_failure("build()", f"architecture = {name!r}", needed, do))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,9 +18,11 @@ from ..attention import (
 )
 from ..attention.base import TurboAttnProcessor
 from ..attention.limits import AttentionLayer
+from ..errors import in_one_line
+from .clock import seconds_a_call
 from .live_bytes import LiveBytes
 from .reading import did_you_mean, refuse
-from .running import free_memory, synchronize
+from .running import free_memory
 
 HEADS, HEAD_DIM = 8, 40
 """Of SD1.5's layers of 4096 tokens, where nearly all of its attention goes."""
@@ -144,12 +145,7 @@ class _Run:
 
     def sample(self) -> float:
         """Return the microseconds of one call, over as many as make a sample."""
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(self.repeats):
-            self.call()
-        synchronize(self.device)
-        return 1e6 * (time.perf_counter() - start) / self.repeats
+        return 1e6 * seconds_a_call(self.call, self.device, self.repeats)
 
 
 def _prepare(name: str, states: tuple[Tensor, ...]) -> _Run | str:
@@ -173,7 +169,7 @@ def _prepare(name: str, states: tuple[Tensor, ...]) -> _Run | str:
         run.repeats = max(1, round(1e6 * _SAMPLE_S / min(run.sample() for _ in range(2))))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         free_memory(device)
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return in_one_line(error, 200)
     return run
 
 

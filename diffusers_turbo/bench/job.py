@@ -11,6 +11,9 @@ from .cases import Case, Switch
 from .reading import refuse
 from .strict_json import to_plain
 
+ARCHITECTURE = "arch:"
+"""What a job's model starts with when it names an architecture instead of weights."""
+
 TASKS = ("txt2img", "img2img", "inpaint")
 
 

@@ -11,16 +11,12 @@ from diffusers import __version__ as diffusers_version
 from packaging.version import Version
 
 from ..entry import auto_optimize, turbo
-from ..errors import InvalidOptionError, NotSupportedError, explain_failure
+from ..errors import InvalidOptionError, NotSupportedError, explain_failure, in_one_line
 from .cases import Case
-from .job import Job
+from .job import ARCHITECTURE, Job
 from .peers import PEERS
 from .schedulers import set_scheduler
 from .tasks import for_task
-
-ARCHITECTURE = "arch:"
-"""What a job's model starts with when it names an architecture instead of weights."""
-
 
 DTYPE_KEYWORD = "dtype" if Version(diffusers_version) >= Version("0.40") else "torch_dtype"
 """What `from_pretrained` calls the dtype to load in."""
@@ -50,7 +46,7 @@ def load_model(model: str, dtype: str, device: str) -> Any:
             place = str(folder) if folder.is_dir() else model
             pipe = DiffusionPipeline.from_pretrained(place, **{DTYPE_KEYWORD: getattr(torch, dtype)})
     except (OSError, ValueError) as error:
-        raise _no_model(model, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise _no_model(model, in_one_line(error, 200)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -68,7 +64,7 @@ def load_for(job: Job, case: Case) -> Any:
     return for_task(pipe, job.task)
 
 
-def apply_case(pipe: Any, case: Case, job: Job | None = None) -> Any:
+def apply_case(pipe: Any, case: Case, job: Job) -> Any:
     """Throw a case's switches on a pipeline, or let a plan throw them, and return it.
 
     Args:
@@ -80,7 +76,7 @@ def apply_case(pipe: Any, case: Case, job: Job | None = None) -> Any:
         TurboError: a switch does not apply here, or a package is missing.
     """
     if case.auto is not None:
-        size = {} if job is None else {"height": job.height, "width": job.width, "batch_size": max(job.batches)}
+        size = {"height": job.height, "width": job.width, "batch_size": max(job.batches)}
         return auto_optimize(pipe, **{**size, **case.auto})
     if case.switches:
         turbo(pipe)

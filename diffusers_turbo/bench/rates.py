@@ -6,11 +6,12 @@ A card throttled by heat, a power limit or another process shows here, where its
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .clock import seconds_a_call
 
 _BUDGET_S = 0.5  # for each of the two rates, after warming up
 _REPEATS = 7
@@ -76,24 +77,11 @@ def _random(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Te
 
 def _median_s(call: Callable[[], object], device: str) -> float:
     """Time `call`, launched several times between two synchronisations where one alone is short."""
+    place = torch.device(device)
     with torch.inference_mode():
         for _ in range(2):  # the first call chooses a kernel and fills pages, the second wakes the clock
             call()
-        single_s = _launches_s(call, device, 1)
+        single_s = seconds_a_call(call, place, 1)
         launches = max(1, min(20, int(_BUDGET_S / _REPEATS / max(single_s, 1e-6))))
         repeats = max(1, min(_REPEATS, int(_BUDGET_S / (launches * single_s))))
-        return statistics.median(_launches_s(call, device, launches) for _ in range(repeats))
-
-
-def _launches_s(call: Callable[[], object], device: str, launches: int) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(launches):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - start) / launches
-
-
-def _synchronize(device: str) -> None:
-    if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize(torch.device(device))
+        return statistics.median(seconds_a_call(call, place, launches) for _ in range(repeats))

@@ -65,6 +65,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
+def what_to_choose(name: object, known: Iterable[str], otherwise: str, most: int = 3) -> str:
+    """Return what to do about a name that is none of the known ones: take the closest, or what is said otherwise.
+
+    >>> what_to_choose("ddm", ["ddim", "euler"], "choose one of these")
+    "did you mean 'ddim'?"
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=most)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
+
+
 def refuse(tried: str, found: str, needed: str, do: str) -> InvalidOptionError:
     """Return the error of this room, with the text every error of the package has."""
     return InvalidOptionError(explain_failure(tried, found, needed, do))

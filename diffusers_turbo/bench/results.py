@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidOptionError
+from ..errors import InvalidOptionError, in_one_line
 from .job import Job
 from .reading import refuse
 from .strict_json import dumps, loads
@@ -192,7 +192,7 @@ class Results:
             rows = [Row.from_dict(item) for item in data.pop("rows")]
             return cls(**{**data, "job": Job.from_dict(data["job"]), "rows": rows})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _no_results("Results.from_json()", _in_one_line(error)) from error
+            raise _no_results("Results.from_json()", in_one_line(error)) from error
 
     def save(self, path: str | Path) -> None:
         """Write the results, whole or not at all; earlier results there are replaced.
@@ -222,7 +222,7 @@ class Results:
         try:
             return cls.from_json(text)
         except InvalidOptionError as error:
-            found = "an empty file" if not text.strip() else _in_one_line(error.__cause__ or error)
+            found = "an empty file" if not text.strip() else in_one_line(error.__cause__ or error)
             raise _no_results(tried, found) from error
 
     def fits(self, job: Job, environment: Mapping[str, Any] | None = None) -> list[str]:
@@ -251,10 +251,6 @@ def _facts_of_both(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple
         else:
             facts.append((name, before, now))
     return facts
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _no_results(tried: str, found: str) -> InvalidOptionError:

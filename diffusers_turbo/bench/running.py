@@ -5,23 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from ..errors import InvalidOptionError, MissingPackageError, NotSupportedError, explain_failure
+from ..errors import InvalidOptionError, MissingPackageError, NotSupportedError, explain_failure, in_one_line
 from ..facts.pipeline import read_pipeline
 from .cases import Case
+from .clock import timed
 from .job import Job
 from .loading import apply_case, load_for
 from .results import Row, Status
 from .tasks import size_inputs, task_inputs
-
-T = TypeVar("T")
 
 
 class Contender:
@@ -119,21 +117,6 @@ def size_of(pipe: Any, job: Job) -> tuple[int, int]:
     return height, width
 
 
-def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Return the seconds some work took on the host and the device together, and its result."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def free_memory(device: torch.device) -> None:
     """Give back what Python and the allocator still hold."""
     gc.collect()
@@ -188,4 +171,4 @@ def _classify(error: Exception) -> tuple[Status, str]:
         return Status.OUT_OF_MEMORY, text[:300] or type(error).__name__
     if isinstance(error, (NotSupportedError, MissingPackageError)):
         return Status.UNSUPPORTED, text
-    return Status.FAILED, f"{type(error).__name__}: {text}"[:300]
+    return Status.FAILED, in_one_line(error)[:300]

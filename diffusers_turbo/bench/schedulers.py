@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
+from .reading import what_to_choose
 
 SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
@@ -37,8 +37,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     import diffusers
 
     if name not in SCHEDULERS:
-        close = difflib.get_close_matches(str(name), SCHEDULERS, n=3)
-        do = f"did you mean {' or '.join(map(repr, close))}?" if close else "choose one of these names"
+        do = what_to_choose(name, SCHEDULERS, "choose one of these names")
         found = f"scheduler = {name!r}"
         raise InvalidOptionError(explain_failure("make_scheduler()", found, f"one of {', '.join(SCHEDULERS)}", do))
     cls: Any = getattr(diffusers, SCHEDULERS[name])

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InvalidOptionError, TurboError
+from ..errors import InvalidOptionError, TurboError, in_one_line
 from ..verification.check import Yardstick
 from ..verification.inputs import make_inputs
 from .cases import Case
 from .environment import read_environment
 from .isolation import measure_alone
-from .job import Job
-from .loading import ARCHITECTURE, load_for, require_device
+from .job import ARCHITECTURE, Job
+from .loading import load_for, require_device
 from .reading import refuse
 from .results import Results, Row, Status
 from .running import Contender, free_memory, outcomes_in, size_of
@@ -183,18 +183,18 @@ class Session:
             # a case that an earlier run had timed is not in memory
             contender = contender or Contender(self.job, case)
         except Exception as error:
-            self._note(f"{case.name} could not be loaded again: {_in_one_line(error)}")
+            self._note(f"{case.name} could not be loaded again: {_told(error)}")
             return
         try:
             if self.trace:
                 trace_step(contender, self.path.parent)
         except Exception as error:
-            self._note(f"no trace of {case.name}: {_in_one_line(error)}")
+            self._note(f"no trace of {case.name}: {_told(error)}")
         try:
             if unjudged:
                 self._judge(contender, row)
         except Exception as error:
-            row.verdict_reasons = [f"not compared: {_in_one_line(error)}"]
+            row.verdict_reasons = [f"not compared: {_told(error)}"]
 
     def _judge(self, contender: Contender, row: Row) -> None:
         """Measure the distance of a case's pictures from the reference."""
@@ -270,10 +270,9 @@ def _remove(places: list[Path]) -> None:
             folder.rmdir()
 
 
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _told(error: Exception) -> str:
     # the text of our own errors says what was tried, found and needed
-    return text if isinstance(error, TurboError) else f"{type(error).__name__}: {text[:300]}"
+    return " ".join(str(error).split()) if isinstance(error, TurboError) else in_one_line(error, 300)
 
 
 def _now() -> str:

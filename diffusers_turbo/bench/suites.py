@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .cases import LOADING_DTYPES, Case, builtin_cases, parse_cases, pick_cases
+from .job import ARCHITECTURE, Job
 from .reading import check_keys, check_table, did_you_mean, read_toml, refuse
 
 FOLDER = "suites"
@@ -27,6 +28,9 @@ _MEASURES: dict[str, tuple[str, float]] = {
     "peak_gib": ("peak_bytes", 1024**3),
     "peak_gb": ("peak_bytes", 1000**3),
 }
+
+
+_OF_A_JOB = {field.name for field in fields(Job)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,11 @@ class Section:
     baseline: str
     published: tuple[Published, ...] = ()
     note: str = ""
+
+    def job(self, cases: tuple[Case, ...] | None = None) -> Job:
+        """Return the run of this section, on random weights; of some of its cases only, where they are given."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _OF_A_JOB}
+        return Job(**{**own, "model": f"{ARCHITECTURE}{self.arch}", "cases": cases or self.cases})
 
 
 @dataclass(frozen=True, kw_only=True)

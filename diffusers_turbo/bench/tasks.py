@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.pipeline import require_pipeline
+from .job import TASKS
+from .reading import what_to_choose
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-TASKS = ("txt2img", "img2img", "inpaint")
 
 
 def for_task(pipe: Any, task: str) -> Any:
@@ -77,8 +76,7 @@ def size_inputs(pipe: Any, height: int | None, width: int | None) -> dict[str, i
 
 def _check(task: str, tried: str) -> None:
     if task not in TASKS:
-        close = difflib.get_close_matches(str(task), TASKS, n=1)
-        do = f"did you mean {close[0]!r}?" if close else "choose one of these"
+        do = what_to_choose(task, TASKS, "choose one of these", most=1)
         raise InvalidOptionError(explain_failure(tried, f"task = {task!r}", f"one of {', '.join(TASKS)}", do))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from ..errors import NotSupportedError, explain_failure
-from .running import Contender, synchronize
+from .clock import synchronize
+from .running import Contender
 from .writing import write_whole
 
 ROWS = 40

@@ -8,14 +8,18 @@ from typing import Annotated
 
 import typer
 
-from ..bench.loading import ARCHITECTURE, default_device
+from ..bench.cases import LOADING_DTYPES
+from ..bench.job import ARCHITECTURE
+from ..bench.loading import default_device
+from ..bench.model_configs import ARCHITECTURES
 from ..bench.reading import refuse
+from ..bench.schedulers import SCHEDULERS
 from ..planning.options import dtype_name
 
 Model = Annotated[str | None, typer.Option("--model", help="Folder of a diffusers model, or its id on the Hub.")]
 Arch = Annotated[
     str | None,
-    typer.Option("--arch", help="Full-size architecture with random weights: sd15, sd21, sdxl, sd3, flux, pixart."),
+    typer.Option("--arch", help=f"Full-size architecture with random weights: {', '.join(ARCHITECTURES)}."),
 ]
 Size = Annotated[str | None, typer.Option("--size", help="Pixels: 512, or WIDTHxHEIGHT. Default: the model's own.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. Default: what is there.")]
@@ -23,9 +27,7 @@ Dtype = Annotated[
     str | None, typer.Option("--dtype", help="What weights are loaded in. Default: float16 on CUDA, else float32.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
-Scheduler = Annotated[
-    str | None, typer.Option("--scheduler", help="ddim, pndm, euler, euler_a, dpmpp_2m, unipc, lcm, heun, flow_euler.")
-]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", help=f"{', '.join(SCHEDULERS)}.")]
 Vram = Annotated[
     str | None, typer.Option("--vram", help='Memory to stay within, such as "6GB". Default: what is free.')
 ]
@@ -47,12 +49,9 @@ def spread_lists(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("--"):
             inside = argument if argument in LISTS else None
-            if inside is None:
-                spread.append(argument)
-        elif inside is not None:
-            spread += [inside, argument]
+            spread += [] if inside else [argument]
         else:
-            spread.append(argument)
+            spread += [inside, argument] if inside else [argument]
     return spread
 
 
@@ -91,7 +90,7 @@ def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
     """
     chosen = device or default_device()
     name = dtype_name(dtype or ("float16" if chosen.startswith("cuda") else "float32"))
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in LOADING_DTYPES:
         raise refuse(f"--dtype {dtype}", f"{dtype!r}", "float32, float16 or bfloat16", "correct it, or leave it out")
     return chosen, name
 

@@ -14,8 +14,8 @@ from ..bench.attention import BACKENDS, TOKENS, Point, measure_attention
 from ..bench.beside import published_lines
 from ..bench.cases import builtin_cases, find_cases
 from ..bench.environment import read_environment
-from ..bench.job import Job
-from ..bench.loading import ARCHITECTURE, require_device
+from ..bench.job import ARCHITECTURE, Job
+from ..bench.loading import require_device
 from ..bench.plots import plot_attention, plot_bars, plot_memory
 from ..bench.reading import refuse
 from ..bench.results import Results
@@ -176,21 +176,7 @@ def _section_job(section: Section, changes: Mapping[str, object], only: list[str
     chosen = tuple(case for case in section.cases if not only or case.name in only)
     if not chosen:
         return None
-    job = Job(
-        model=f"{ARCHITECTURE}{section.arch}",
-        task=section.task,
-        cases=chosen,
-        batches=section.batches,
-        height=section.height,
-        width=section.width,
-        steps=section.steps,
-        guidance_scale=section.guidance_scale,
-        scheduler=section.scheduler,
-        prompt=section.prompt,
-        seed=section.seed,
-        dtype=section.dtype,
-    )
-    return replace(job, **changes)  # type: ignore[arg-type]
+    return replace(section.job(chosen), **changes)  # type: ignore[arg-type]
 
 
 def _run_all(

@@ -93,7 +93,8 @@ def _weightless(name: str, dtype: str) -> Any:
     """An architecture needs no weights to be planned for; a model is read into host memory."""
     import torch
 
-    from ..bench.loading import ARCHITECTURE, load_model
+    from ..bench.job import ARCHITECTURE
+    from ..bench.loading import load_model
 
     if name.startswith(ARCHITECTURE):
         from ..bench.architectures import build

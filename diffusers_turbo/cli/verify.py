@@ -39,7 +39,7 @@ def verify(
     as_json: arg.Json = False,
 ) -> None:
     """Check that a configuration's pictures are still right: exact, close or different, against naive fp32."""
-    (case,) = _one_case(configs, cases)
+    case = _one_case(configs, cases)
     place, loaded = arg.device_and_dtype(device, dtype)
     height, width = arg.height_and_width(size)
     name = arg.model_name(model, arch, "diffusers-turbo verify")
@@ -55,12 +55,11 @@ def verify(
     )
     inputs = make_inputs(tuple(prompt), pairs, steps=steps, height=height, width=width, batch_size=batch)
     with notices.status("drawing the reference"):
-        plain = load_for(job, case)
-        size_of(plain, job)
-        yardstick = Yardstick(plain, inputs)
-        del plain
+        pipe = load_for(job, case)
+        size_of(pipe, job)
+        yardstick = Yardstick(pipe, inputs)  # of a copy: the pipeline is still untouched
     with notices.status(f"drawing with {case.name}"):
-        pipe = apply_case(load_for(job, case), case, job)
+        pipe = apply_case(pipe, case, job)
         lossy_peer = case.peer is not None and PEERS[case.peer].lossy_reason is not None
         promise = "close" if lossy_peer else promised(pipe)
         found = yardstick.measure(pipe, promise, case.autocast)
@@ -76,9 +75,10 @@ def verify(
         raise typer.Exit(BROKEN)
 
 
-def _one_case(names: list[str], file: str | None) -> tuple[Case]:
+def _one_case(names: list[str], file: str | None) -> Case:
     split = arg.split_names(names)
     if len(split) != 1:
         found, needed = f"{len(split)} configurations", "one at a time"
         raise refuse("diffusers-turbo verify", found, needed, "name one, such as --configs auto")
-    return (find_cases(split, file)[0],)
+    (case,) = find_cases(split, file)
+    return case

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
+from ..errors import in_one_line
 from .capture import CAPTURES, Capture
 from .signature import Signature, fill, flatten, signature_of, static_copies, unflatten
 from .watch import Watch, why_not_capturable
@@ -146,7 +147,7 @@ class GraphedCall:
             capture = CAPTURES[self.device.type](run, self.device)
         except Exception as error:
             # whatever a call does that cannot be recorded; it runs as it would without graphs
-            self._refused[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._refused[key] = in_one_line(error, 200)
             return None
         outputs, output_structure = tree_flatten(capture.output)
         graph = self.graphs[key] = Graph(capture, static, outputs, output_structure)

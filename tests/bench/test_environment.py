@@ -87,7 +87,7 @@ def test_rates_follow_from_the_times(monkeypatch):
 def test_timing_calls_the_function_and_returns_a_median(monkeypatch):
     seconds = iter([0.2, 0.3, 0.1])
     calls = []
-    monkeypatch.setattr(rates, "_launches_s", lambda call, device, launches: calls.append(launches) or next(seconds))
+    monkeypatch.setattr(rates, "seconds_a_call", lambda call, device, launches: calls.append(launches) or next(seconds))
     monkeypatch.setattr(rates, "_BUDGET_S", 0.45)
     assert rates._median_s(lambda: None, "cpu") == pytest.approx(0.2)
     assert calls == [1, 1, 1]  # one to choose by, then two that fit into the budget

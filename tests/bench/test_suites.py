@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from diffusers_turbo.bench.architectures import ARCHITECTURES
-from diffusers_turbo.bench.job import Job
 from diffusers_turbo.bench.schedulers import SCHEDULERS
 from diffusers_turbo.bench.suites import Published, read_suite, suites
 from diffusers_turbo.errors import InvalidOptionError
@@ -29,20 +28,9 @@ def test_a_section_can_be_run(section):
     assert section.scheduler in SCHEDULERS
     names = [case.name for case in section.cases]
     assert section.baseline in names
-    job = Job(
-        model=f"arch:{section.arch}",
-        task=section.task,
-        cases=section.cases,
-        batches=section.batches,
-        height=section.height,
-        width=section.width,
-        steps=section.steps,
-        guidance_scale=section.guidance_scale,
-        scheduler=section.scheduler,
-        prompt=section.prompt,
-        seed=section.seed,
-        dtype=section.dtype,
-    )
+    job = section.job()
+    assert job.model == f"arch:{section.arch}"
+    assert (job.steps, job.batches, job.dtype) == (section.steps, section.batches, section.dtype)
     assert [case.name for case in job.cases] == names
 
 
