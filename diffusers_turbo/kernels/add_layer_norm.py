@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Kernel, KernelLimits, device_reasons, grad_reasons, launch_from, on_device_of, refuse, vector_reasons
+from .base import (
+    Kernel,
+    KernelLimits,
+    device_reasons,
+    grad_reasons,
+    launch_from,
+    on_device_of,
+    optional,
+    refuse,
+    rounded_once,
+    vector_reasons,
+)
 from .lazy import jit
 
 if TYPE_CHECKING:
@@ -24,12 +35,7 @@ LARGEST_WIDTH = 8192
 
 LIMITS = KernelLimits(kernel="add_layer_norm", layout=f"contiguous [.., D] of one shape, D up to {LARGEST_WIDTH}")
 
-TOLERANCE = {
-    # One rounding to the dtype is 2^-11, 2^-8 of a value at most; the rest is for sums in fp32.
-    torch.float32: 2e-6,
-    torch.float16: 5.2e-4,
-    torch.bfloat16: 4.1e-3,
-}
+TOLERANCE = rounded_once(2e-6)  # for sums in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +142,13 @@ def _op(
     width = x.shape[-1]
     rows = x.numel() // width
     tile = launch_from(AddLayerNormLaunch, launch) if launch else add_layer_norm_launch(width)
-    vectors = (x if weight is None else weight, x if bias is None else bias)
-    flags = (int(weight is not None), int(bias is not None))
     with on_device_of(x):
         _add_layer_norm_kernel[(-(-rows // tile.rows),)](
             x,
             residual,
             added,
             normed,
-            *vectors,
-            *flags,
+            *optional(x, weight, bias),
             rows,
             width,
             eps,

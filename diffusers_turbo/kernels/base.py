@@ -29,6 +29,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_SOURCE = "https://triton-lang.org/main/getting-started/installation.html"
 
 
+def rounded_once(fp32: float) -> dict[torch.dtype, float]:
+    """Tolerances of a kernel that computes in fp32, to `fp32`, and rounds its result to the dtype once.
+
+    That rounding is 2^-11 of a value at most in float16 and 2^-8 in bfloat16; a twentieth more is for what came before.
+    """
+    return {torch.float32: fp32, torch.float16: 5.2e-4, torch.bfloat16: 4.1e-3}
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelLimits:
     """What one kernel accepts.
@@ -171,6 +179,15 @@ def refuse(limits: KernelLimits, reasons: list[str]) -> None:
             f"call {limits.kernel}_plain(), which takes the same arguments, or run under torch.no_grad()",
         )
     )
+
+
+def optional(like: Tensor, *vectors: Tensor | None) -> tuple[Tensor | int, ...]:
+    """What a launch is given for vectors that may be absent: a pointer for each, then a flag for each.
+
+    An absent one's pointer is that of `like`: any valid one, which is not read.
+    """
+    pointers = (like if vector is None else vector for vector in vectors)
+    return (*pointers, *(int(vector is not None) for vector in vectors))
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Kernel, KernelLimits, device_reasons, grad_reasons, launch_from, on_device_of, refuse
+from .base import Kernel, KernelLimits, device_reasons, grad_reasons, launch_from, on_device_of, refuse, rounded_once
 from .lazy import jit
 
 if TYPE_CHECKING:
@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 LIMITS = KernelLimits(kernel="geglu", layout="a contiguous [.., 2D]")
 
-TOLERANCE = {
-    # One rounding to the dtype is 2^-11, 2^-8 of a value at most; the rest is for erf in fp32.
-    torch.float32: 1e-6,
-    torch.float16: 5.2e-4,
-    torch.bfloat16: 4.1e-3,
-}
+TOLERANCE = rounded_once(1e-6)  # for erf in fp32
 
 
 @dataclass(frozen=True, kw_only=True)

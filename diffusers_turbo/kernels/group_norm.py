@@ -21,17 +21,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Kernel, KernelLimits, device_reasons, grad_reasons, launch_from, on_device_of, refuse, vector_reasons
+from .base import (
+    Kernel,
+    KernelLimits,
+    device_reasons,
+    grad_reasons,
+    launch_from,
+    on_device_of,
+    optional,
+    refuse,
+    rounded_once,
+    vector_reasons,
+)
 from .group_norm_device import apply_kernel, finish_kernel, partial_kernel, single_kernel
 
 LIMITS = KernelLimits(kernel="group_norm", layout="[B, C, ..] with channels innermost (torch.channels_last)")
 
-TOLERANCE = {
-    # One rounding to the dtype is 2^-11, 2^-8 of a value at most; the rest is for statistics in fp32.
-    torch.float32: 2e-6,
-    torch.float16: 5.2e-4,
-    torch.bfloat16: 4.1e-3,
-}
+TOLERANCE = rounded_once(2e-6)  # for statistics in fp32
 
 SINGLE_SLOTS = 32768
 """Largest group, in elements, that one program takes alone: four turns of `block`."""
@@ -191,11 +197,39 @@ def _op(
     output = torch.empty_like(x)
     if x.numel() == 0:
         return output
-    channels, positions = x.shape[1], x.numel() // (x.shape[0] * x.shape[1])
-    cut = launch_from(GroupNormLaunch, launch) if launch else group_norm_launch(channels, positions, num_groups)
+    norm = _Norm(x, output, num_groups, weight, bias, eps, silu, add)
+    cut = (
+        launch_from(GroupNormLaunch, launch) if launch else group_norm_launch(norm.channels, norm.positions, num_groups)
+    )
     with on_device_of(x):
-        (_run_split if cut.split else _run_single)(x, output, num_groups, weight, bias, eps, silu, add, cut)
+        (_run_split if cut.split else _run_single)(norm, cut)
     return output
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """One call, checked, on its way to the device."""
+
+    x: Tensor
+    output: Tensor
+    num_groups: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    silu: bool
+    add: Tensor | None
+
+    @property
+    def batch(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def positions(self) -> int:
+        return self.x.numel() // (self.batch * self.channels)
 
 
 @_op.register_fake
@@ -203,47 +237,23 @@ def _(x: Tensor, *options: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _run_single(
-    x: Tensor,
-    output: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    add: Tensor | None,
-    cut: GroupNormLaunch,
-) -> None:
-    batch, channels = x.shape[:2]
-    positions = x.numel() // (batch * channels)
-    single_kernel[(batch * num_groups,)](
-        x,
-        output,
-        *(x if vector is None else vector for vector in (weight, bias, add)),
-        *(int(vector is not None) for vector in (weight, bias, add)),
-        int(silu),
-        positions,
-        channels,
-        eps,
-        GROUP=channels // num_groups,
+def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
+    single_kernel[(norm.batch * norm.num_groups,)](
+        norm.x,
+        norm.output,
+        *optional(norm.x, norm.weight, norm.bias, norm.add),
+        int(norm.silu),
+        norm.positions,
+        norm.channels,
+        norm.eps,
+        GROUP=norm.channels // norm.num_groups,
         BLOCK=cut.block,
         num_warps=cut.warps,
     )
 
 
-def _run_split(
-    x: Tensor,
-    output: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    add: Tensor | None,
-    cut: GroupNormLaunch,
-) -> None:
-    batch, channels = x.shape[:2]
-    positions = x.numel() // (batch * channels)
+def _run_split(norm: _Norm, cut: GroupNormLaunch) -> None:
+    x, batch, channels, positions = norm.x, norm.batch, norm.channels, norm.positions
     tiles, column_tiles = -(-positions // cut.tile_rows), -(-channels // cut.columns)
     tile = {"ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.tile_warps}
 
@@ -251,17 +261,16 @@ def _run_split(
     partial_kernel[(batch * tiles, column_tiles)](x, *partial, positions, channels, tiles, cut.tile_rows, **tile)
 
     scale = x.new_empty(2, batch, channels, dtype=torch.float32)
-    finish_kernel[(batch * num_groups,)](
+    finish_kernel[(batch * norm.num_groups,)](
         *partial,
         *scale,
-        *(x if vector is None else vector for vector in (weight, add)),
-        *(int(vector is not None) for vector in (weight, add)),
+        *optional(x, norm.weight, norm.add),
         positions,
         channels,
-        num_groups,
+        norm.num_groups,
         tiles,
         cut.tile_rows,
-        eps,
+        norm.eps,
         BLOCK=cut.finish_block,
         num_warps=cut.finish_warps,
     )
@@ -269,11 +278,10 @@ def _run_split(
     tiles = -(-positions // cut.rows)
     apply_kernel[(batch * tiles, column_tiles)](
         x,
-        output,
+        norm.output,
         *scale,
-        x if bias is None else bias,
-        int(bias is not None),
-        int(silu),
+        *optional(x, norm.bias),
+        int(norm.silu),
         positions,
         channels,
         tiles,
