@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,6 @@ class Verification:
         reference: what the reference was, in words.
         ours: distance of the pictures and latents from the reference.
         stock: distance of stock diffusers in the same dtype; None where it was not needed.
-        ssim, flip: mean over the pictures; None without their packages.
         verdict: exact, close or different.
         promise: what the levers in force promise.
         made: the pictures themselves, `[P, 3, H, W]` of both.
@@ -53,11 +53,19 @@ class Verification:
     reference: str
     ours: Distance
     stock: Distance | None
-    ssim: float | None
-    flip: float | None
     verdict: Verdict
     promise: Promise
     made: tuple[torch.Tensor, torch.Tensor] = field(repr=False, compare=False)
+
+    @cached_property
+    def ssim(self) -> float | None:
+        """Structural similarity, the mean over the pictures; None without its package."""
+        return ssim(*self.made)
+
+    @cached_property
+    def flip(self) -> float | None:
+        """FLIP's error, the mean over the pictures; None without its package."""
+        return flip(*self.made)
 
     @property
     def kept(self) -> bool:
@@ -66,9 +74,10 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, without the pictures."""
-        plain = {name: value for name, value in vars(self).items() if name != "made"}
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "made"}
         distances = {name: asdict(value) if (value := plain[name]) else None for name in ("ours", "stock", "verdict")}
-        return {**plain, **distances, "kept": self.kept, "thresholds": THRESHOLDS}
+        seen = {"ssim": self.ssim, "flip": self.flip}
+        return {**plain, **distances, **seen, "kept": self.kept, "thresholds": THRESHOLDS}
 
     def to_json(self) -> str:
         """Return `as_dict` as JSON; an infinite PSNR (equal to the bit) is null there."""
@@ -146,8 +155,6 @@ class Yardstick:
             reference=self.name,
             ours=ours,
             stock=stock,
-            ssim=ssim(made.pictures, self.pictures.pictures),
-            flip=flip(made.pictures, self.pictures.pictures),
             verdict=judge(ours, stock, half=half),
             promise=promise or promised(pipe),
             made=(made.pictures, self.pictures.pictures),

@@ -10,7 +10,7 @@ import torch
 from diffusers_turbo.graphs import call
 from diffusers_turbo.graphs.watch import Watch
 from tests import tiny
-from tests.graphs.test_graphs import CHANGES, twin_pipes
+from tests.graphs.changing import CHANGES, twin_pipes
 
 
 def still_equal(change: str) -> bool:

@@ -1,40 +1,24 @@
-"""Graphs give the eager picture whatever changes under them, with a capture that bakes in what a CUDA graph does."""
+"""The life of graphs: captured, replayed, kept apart, evicted, copied, taken off; and what runs eagerly instead."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from peft import LoraConfig
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import InvalidOptionError, NotSupportedError
 from diffusers_turbo.graphs.capture import CAPTURES
 from tests import tiny
+from tests.graphs.changing import twin_pipes, unet_call
 from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
-
-LORA = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
-
-
-def twin_pipes() -> tuple[Any, Any]:
-    """Two equal pipelines, one with graphs that have been captured and replayed."""
-    eager, graphed = tiny.sd(), turbo(tiny.sd())
-    graphed.enable_cuda_graphs()
-    assert torch.equal(tiny.picture(graphed, steps=3), tiny.picture(eager, steps=3))
-    assert FakeCapture.made > 0
-    return eager, graphed
-
-
-def unet_call(pipe: Any) -> Any:
-    return pipe.unet._compiled_call_impl
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart])
@@ -51,158 +35,6 @@ def test_pictures_are_equal_to_the_bit_and_undo_leaves_nothing(make):
     assert FakeCapture.alive == 0
     assert differences(before, state_of(pipe)) == []
     assert torch.equal(tiny.picture(pipe, steps=3), stock[0])
-
-
-def new_data(pipe: Any) -> None:
-    with torch.no_grad():
-        pipe.unet.conv_in.weight.data = pipe.unet.conv_in.weight.data * 2
-
-
-def in_place(pipe: Any) -> None:
-    with torch.no_grad():
-        pipe.unet.conv_in.weight.mul_(2)
-
-
-def lora(pipe: Any) -> None:
-    torch.manual_seed(0)
-    pipe.unet.add_adapter(LORA)
-
-
-def unload(pipe: Any) -> None:
-    pipe.unet.delete_adapters("default")
-
-
-class Scaled:
-    """An attention processor with a plain number, as IP-Adapter's have."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.scale = inner, [0.7]
-
-    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **kwargs: Any) -> Any:
-        return self.inner(attn, hidden_states, encoder_hidden_states, **kwargs) * self.scale[0]
-
-
-def scaled_processors(pipe: Any) -> None:
-    pipe.unet.set_attn_processor({name: Scaled(found) for name, found in pipe.unet.attn_processors.items()})
-
-
-def scale(value: float) -> Callable[[Any], None]:
-    def change(pipe: Any) -> None:
-        for processor in pipe.unet.attn_processors.values():
-            processor.scale[0] = value
-
-    return change
-
-
-CHANGES: dict[str, list[Callable[[Any], None]]] = {
-    "weights exchanged": [new_data],
-    "weights changed in place": [in_place],
-    "a LoRA loaded": [lora],
-    "a LoRA's scale": [lora, lambda pipe: pipe.unet.set_adapters("default", 0.3)],
-    "a LoRA switched off": [lora, lambda pipe: pipe.unet.disable_adapters()],
-    "a LoRA unloaded": [lora, unload],
-    "FreeU": [lambda pipe: pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.4, b2=1.6)],
-    "FreeU's numbers": [
-        lambda pipe: pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.4, b2=1.6),
-        lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
-    ],
-    "FreeU off": [lambda pipe: pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.4, b2=1.6), lambda pipe: pipe.disable_freeu()],
-    "processors": [scaled_processors],
-    "a processor's scale": [scaled_processors, scale(0.5), scale(0.25)],
-    "another dtype": [lambda pipe: pipe.to(torch.bfloat16)],
-    "another dtype and back": [lambda pipe: pipe.to(torch.float64), lambda pipe: pipe.to(torch.float32)],
-    "another scheduler step count": [lambda pipe: None],
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_under_graphs_gives_the_eager_picture(change):
-    eager, graphed = twin_pipes()
-    for alter in CHANGES[change]:
-        before = tiny.picture(eager, steps=3)
-        alter(eager)
-        alter(graphed)
-        for steps in (3, 4):
-            expected = tiny.picture(eager, steps=steps)
-            assert torch.equal(tiny.picture(graphed, steps=steps), expected)
-        if change != "another scheduler step count" and "back" not in change:
-            assert not torch.equal(tiny.picture(eager, steps=3), before), "the change changes nothing: no test"
-
-
-def test_a_change_in_place_needs_no_new_capture():
-    _, graphed = twin_pipes()
-    tiny.picture(graphed, steps=3)  # the VAE is captured at its second picture
-    made = FakeCapture.made
-    in_place(graphed)
-    tiny.picture(graphed, steps=3)
-    assert FakeCapture.made == made
-    new_data(graphed)
-    tiny.picture(graphed, steps=3)
-    assert FakeCapture.made > made
-
-
-@pytest.mark.parametrize("change", ["a LoRA's scale", "FreeU's numbers", "a processor's scale"])
-def test_a_callback_may_change_numbers_between_two_steps(change):
-    eager, graphed = twin_pipes()
-    first, *_, last = CHANGES[change]
-
-    def between(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
-        if step == 1:
-            last(pipe)
-        return tensors
-
-    first(eager)
-    first(graphed)
-    tiny.picture(graphed, steps=4)
-    expected = tiny.picture(eager, steps=4, callback_on_step_end=between)
-    assert torch.equal(tiny.picture(graphed, steps=4, callback_on_step_end=between), expected)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"batch": 2},
-        {"height": 96, "width": 64},
-        {"guidance_scale": 3.0},
-        {"guidance_scale": 1.0},
-        {"cross_attention_kwargs": {"scale": 0.5}},
-        {"guidance_rescale": 0.7},
-        {"num_images_per_prompt": 2, "latents": None},
-    ],
-    ids=str,
-)
-def test_arguments_of_the_call(arguments):
-    eager, graphed = twin_pipes()
-    lora(eager)
-    lora(graphed)
-    if "latents" in arguments:
-        arguments = arguments | {"generator": None}
-    pictures = []
-    for pipe in (eager, graphed, graphed):
-        if "latents" in arguments:
-            arguments["generator"] = torch.Generator().manual_seed(0)
-        pictures.append(tiny.picture(pipe, steps=3, **arguments))
-    assert torch.equal(pictures[1], pictures[0])
-    assert torch.equal(pictures[2], pictures[0])
-
-
-def test_modes_of_the_caller():
-    eager, graphed = twin_pipes()
-    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
-        with mode:
-            expected = tiny.picture(eager, steps=3)
-            assert torch.equal(tiny.picture(graphed, steps=3), expected)
-            assert torch.equal(tiny.picture(graphed, steps=3), expected)
-
-
-def test_gradients_run_eagerly():
-    _, graphed = twin_pipes()
-    eager_calls = unet_call(graphed).eager
-    sample = torch.randn(1, 4, 8, 8, requires_grad=True)
-    graphed.unet(sample, 7, torch.randn(1, 5, tiny.CONTEXT)).sample.sum().backward()
-    assert sample.grad is not None
-    assert unet_call(graphed).eager == eager_calls
 
 
 def test_results_are_safe_to_keep():
@@ -427,11 +259,3 @@ def test_dropout_in_training_mode_runs_eagerly():
     attention.eval()
     tiny.picture(graphed, steps=3)
     assert "training" not in str(graphed.turbo_report())
-
-
-def test_a_lora_is_graphed():
-    _, graphed = twin_pipes()
-    lora(graphed)
-    replayed = unet_call(graphed).replayed
-    tiny.picture(graphed, steps=3)
-    assert unet_call(graphed).replayed > replayed
