@@ -1,4 +1,4 @@
-"""The switch of the denoising loop."""
+"""The switches that take work off the host: a loop that never waits, networks launched as a whole."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from .planning import options as opt
 from .switching import Switching
 
 
-class LoopsWithoutWaiting(Switching):
-    """Part of TurboMixin: a denoising loop in which the host never waits for the GPU."""
+class RelievesTheHost(Switching):
+    """Part of TurboMixin: what keeps a GPU from waiting for Python."""
 
     def enable_sync_free_loop(self) -> None:
         """Exact: between the first step and the last the scheduler never makes the host wait for the GPU.
@@ -23,3 +23,21 @@ class LoopsWithoutWaiting(Switching):
     def disable_sync_free_loop(self) -> None:
         """Switch `enable_sync_free_loop` off: the scheduler's own methods come back."""
         self._disable("enable_sync_free_loop")
+
+    def enable_cuda_graphs(self, max_graphs: int = 8) -> None:
+        """Exact: record each component's work as CUDA graphs and replay it, with or without compilation.
+
+        Results are copies, safe to keep. A change of weights, adapters, processors or their numbers records anew; a
+        call that cannot be recorded runs as it would without graphs, and the report says why.
+
+        Args:
+            max_graphs: graphs kept for each component, one a size and batch; the least recently used goes first.
+
+        Raises:
+            NotSupportedError: not on a CUDA device, or offload is on.
+        """
+        self._enable(opt.CUDAGraphs(max_graphs=max_graphs))
+
+    def disable_cuda_graphs(self) -> None:
+        """Switch `enable_cuda_graphs` off and give the graphs' memory back."""
+        self._disable("enable_cuda_graphs")

@@ -15,13 +15,14 @@ import torch
 from .actions.attention import FusedAttention
 from .actions.host import host_method
 from .actions.ledger import ledger_of, open_ledger
+from .compiling import Compiles
 from .copying import CopiesItsLevers
 from .looking import LooksAndUndoes
-from .looping import LoopsWithoutWaiting
+from .looping import RelievesTheHost
 from .planning import options as opt
 
 
-class TurboMixin(LoopsWithoutWaiting, LooksAndUndoes, CopiesItsLevers):
+class TurboMixin(RelievesTheHost, Compiles, LooksAndUndoes, CopiesItsLevers):
     """Adds this package's switches to a diffusers pipeline.
 
     Get one from `turbo(pipe)`, or write `class MyPipe(TurboMixin, StableDiffusionPipeline)`.
@@ -257,103 +258,6 @@ class TurboMixin(LoopsWithoutWaiting, LooksAndUndoes, CopiesItsLevers):
         """Switch any offload off: every weight goes back to the device it was on."""
         for action in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
             self._disable(action)
-
-    # Compilation and tracing
-
-    def compile_unet(
-        self,
-        mode: str | None = None,
-        fullgraph: bool = False,
-        dynamic: bool | None = None,
-        regional: bool = False,
-        backend: str = "inductor",
-    ) -> None:
-        """Exact: compile the UNet in place; class, state-dict keys, LoRA and saving keep working.
-
-        Args:
-            mode, fullgraph, dynamic, backend: as in `torch.compile`.
-            regional: compile each repeated block instead of the whole: a much shorter first image, a little less speed.
-        """
-        self._enable(
-            opt.CompileUNet(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
-        )
-
-    def compile_transformer(
-        self,
-        mode: str | None = None,
-        fullgraph: bool = False,
-        dynamic: bool | None = None,
-        regional: bool = False,
-        backend: str = "inductor",
-    ) -> None:
-        """Exact: compile the transformer in place; arguments as for `compile_unet`."""
-        self._enable(
-            opt.CompileTransformer(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
-        )
-
-    def compile_vae(
-        self,
-        mode: str | None = None,
-        fullgraph: bool = False,
-        dynamic: bool | None = None,
-        regional: bool = False,
-        backend: str = "inductor",
-    ) -> None:
-        """Exact: compile the VAE's encoder and decoder in place; arguments as for `compile_unet`."""
-        self._enable(
-            opt.CompileVAE(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
-        )
-
-    def uncompile(self) -> None:
-        """Switch every compilation off."""
-        for action in ("compile_unet", "compile_transformer", "compile_vae"):
-            self._disable(action)
-
-    def enable_cuda_graphs(self, max_graphs: int = 8) -> None:
-        """Exact: record each component's work as CUDA graphs and replay it, with or without compilation.
-
-        Results are copies, safe to keep. A change of weights, adapters, processors or their numbers records anew; a
-        call that cannot be recorded runs as it would without graphs, and the report says why.
-
-        Args:
-            max_graphs: graphs kept for each component, one a size and batch; the least recently used goes first.
-
-        Raises:
-            NotSupportedError: not on a CUDA device, or offload is on.
-        """
-        self._enable(opt.CUDAGraphs(max_graphs=max_graphs))
-
-    def disable_cuda_graphs(self) -> None:
-        """Switch `enable_cuda_graphs` off and give the graphs' memory back."""
-        self._disable("enable_cuda_graphs")
-
-    def trace_unet(
-        self,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int = 1,
-        check: bool = True,
-        save_path: str | None = None,
-        load_path: str | None = None,
-    ) -> None:
-        """Exact: run the UNet as a torch.jit.trace.
-
-        Args:
-            height, width: size in pixels to trace at; by default the model's own.
-            batch_size: pictures per call to trace with.
-            check: compare with the UNet itself at a size and batch that were not traced.
-            save_path: write the trace there.
-            load_path: read a trace from there instead of making one.
-        """
-        self._enable(
-            opt.TraceUNet(
-                height=height, width=width, batch_size=batch_size, check=check, save_path=save_path, load_path=load_path
-            )
-        )
-
-    def untrace_unet(self) -> None:
-        """Switch `trace_unet` off."""
-        self._disable("trace_unet")
 
 
 def _in_scope(host_call: Callable[..., Any]) -> Callable[..., Any]:

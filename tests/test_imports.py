@@ -70,7 +70,8 @@ MAY_IMPORT = {
     "looking": {"actions", "report", "verification"},
     "switching": {"actions", "planning"},
     "looping": {"planning", "switching"},
-    "mixin": {"actions", "copying", "looking", "looping", "planning"},
+    "compiling": {"planning", "switching"},
+    "mixin": {"actions", "compiling", "copying", "looking", "looping", "planning"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "verification"},
 }
 

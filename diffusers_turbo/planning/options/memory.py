@@ -1,0 +1,108 @@
+"""What makes a pipeline smaller: VAE slices and tiles, offload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..base import Options, is_int
+
+OFFLOAD_TYPES = ("block_level", "leaf_level")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAESlicing(Options):
+    """Decode the pictures of a batch one after the other."""
+
+    action = "enable_vae_slicing"
+    slot = "vae_slicing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETiling(Options):
+    """Decode each picture in overlapping tiles. LOSSY: every tile is normalised by its own statistics.
+
+    `tile_size` in pixels of the picture's side; `overlap` as a fraction of the tile.
+    """
+
+    action = "enable_vae_tiling"
+    slot = "vae_tiling"
+    exact = False
+    lossy_reason = "each tile's group norms see only the tile, and borders are blended"
+
+    tile_size: int | None = None
+    overlap: float | None = None
+
+    def __post_init__(self) -> None:
+        # 8 pixels per latent is the smallest step of every KL autoencoder diffusers ships for images.
+        self._check_positive("tile_size", multiple_of=8)
+        if self.overlap is not None and not (
+            isinstance(self.overlap, (int, float)) and not isinstance(self.overlap, bool) and 0 <= self.overlap <= 0.5
+        ):
+            # beyond one half a tile reaches over its neighbour, and the blend only knows neighbours
+            raise self._refuse("overlap", "a fraction from 0 to 0.5 of the tile", "use 0.25, or leave overlap out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOffload(Options):
+    """Keep one whole component on the device at a time, the others in host memory."""
+
+    action = "enable_model_cpu_offload"
+    slot = "offload"
+
+    gpu_id: int | None = None
+    device: Any = None
+
+    def __post_init__(self) -> None:
+        _check_gpu_id(self, self.gpu_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialOffload(Options):
+    """Keep one layer's weights on the device at a time: the least memory, and the slowest."""
+
+    action = "enable_sequential_cpu_offload"
+    slot = "offload"
+
+    gpu_id: int | None = None
+    device: Any = None
+
+    def __post_init__(self) -> None:
+        _check_gpu_id(self, self.gpu_id)
+
+
+def _check_gpu_id(options: Options, gpu_id: int | None) -> None:
+    if gpu_id is not None and (not is_int(gpu_id) or gpu_id < 0):
+        raise options._refuse("gpu_id", "a device number from 0 on", "leave gpu_id out to use the current device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOffload(Options):
+    """Keep groups of layers on the device, the rest in host memory (or on disk), with prefetch on a stream."""
+
+    action = "enable_group_offload"
+    slot = "offload"
+
+    onload_device: Any = None
+    offload_device: Any = "cpu"
+    offload_type: str = "block_level"
+    num_blocks_per_group: int | None = None
+    non_blocking: bool = False
+    use_stream: bool = False
+    record_stream: bool = False
+    low_cpu_mem_usage: bool = False
+    offload_to_disk_path: str | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude_modules, list):
+            object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
+        self._check_choice("offload_type", OFFLOAD_TYPES)
+        self._check_flags("non_blocking", "use_stream", "record_stream", "low_cpu_mem_usage")
+        self._check_positive("num_blocks_per_group")
+        if self.offload_type == "leaf_level" and self.num_blocks_per_group is not None:
+            raise self._refuse("num_blocks_per_group", 'offload_type="block_level"', "leave num_blocks_per_group out")
+        if self.use_stream and self.num_blocks_per_group not in (None, 1):
+            raise self._refuse("num_blocks_per_group", "1 with use_stream=True", "set it to 1, or use_stream=False")
+        if self.record_stream and not self.use_stream:
+            raise self._refuse("record_stream", "use_stream=True", "set use_stream=True, or leave record_stream out")
