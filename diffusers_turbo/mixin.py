@@ -15,6 +15,7 @@ import torch
 from .actions.attention import FusedAttention
 from .actions.host import host_method
 from .actions.ledger import ledger_of, open_ledger
+from .algebra import SparesWork
 from .compiling import Compiles
 from .copying import CopiesItsLevers
 from .looking import LooksAndUndoes
@@ -22,7 +23,7 @@ from .looping import RelievesTheHost
 from .planning import options as opt
 
 
-class TurboMixin(RelievesTheHost, Compiles, LooksAndUndoes, CopiesItsLevers):
+class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesItsLevers):
     """Adds this package's switches to a diffusers pipeline.
 
     Get one from `turbo(pipe)`, or write `class MyPipe(TurboMixin, StableDiffusionPipeline)`.

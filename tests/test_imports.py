@@ -70,8 +70,9 @@ MAY_IMPORT = {
     "looking": {"actions", "report", "verification"},
     "switching": {"actions", "planning"},
     "looping": {"planning", "switching"},
+    "algebra": {"planning", "switching"},
     "compiling": {"planning", "switching"},
-    "mixin": {"actions", "compiling", "copying", "looking", "looping", "planning"},
+    "mixin": {"actions", "algebra", "compiling", "copying", "looking", "looping", "planning"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "verification"},
 }
 

@@ -7,7 +7,22 @@ from typing import Any
 from ..planning import options as opt
 from ..planning.options import Options
 from ..planning.plan import Plan
-from . import attention, compiling, graphs, layout, offload, precision, projections, scheduler, tf32, tracing, vae
+from . import (
+    attention,
+    compiling,
+    graphs,
+    guidance,
+    layout,
+    offload,
+    pointwise,
+    precision,
+    projections,
+    prompt,
+    scheduler,
+    tf32,
+    tracing,
+    vae,
+)
 from .ledger import Apply, close_ledger, open_ledger
 from .undo import Journal
 
@@ -32,6 +47,9 @@ APPLY: dict[type[Options], Apply] = {
     opt.CompileVAE: compiling.apply,
     opt.TraceUNet: tracing.apply,
     opt.CUDAGraphs: graphs.apply,
+    opt.PointwiseMatmul: pointwise.apply,
+    opt.PromptProjections: prompt.apply,
+    opt.SharedGuidance: guidance.apply,
 }
 """The function behind each kind of options."""
 

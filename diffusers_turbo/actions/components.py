@@ -55,3 +55,17 @@ def require_plain_weights(pipe: Any, tried: str) -> None:
         if reason := read_component(name, "", module).refusal:
             needed, do = "plain weights on one device", "leave this switch off, or load the component without"
             raise NotSupportedError(explain_failure(tried, reason, needed, do))
+
+
+def unet_and_controlnets(pipe: Any, tried: str) -> list[nn.Module]:
+    """Return the networks that are called at every step: the denoiser, then its ControlNets.
+
+    Raises:
+        NotSupportedError: the pipeline has no denoiser.
+    """
+    networks = [denoiser_of(pipe, tried)[1]]
+    controlnet = modules_of(pipe).get("controlnet")
+    if controlnet is not None:
+        nets = getattr(controlnet, "nets", None)  # several at once, each called on its own
+        networks += nets if isinstance(nets, nn.ModuleList) else [controlnet]
+    return networks

@@ -6,7 +6,7 @@ weights, adapters or processors changed. Results are copies. Nothing derived fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,53 +18,26 @@ from ..graphs.call import GraphedCall
 from ..graphs.capture import CAPTURES
 from ..graphs.watch import why_not_capturable
 from ..planning.options import CUDAGraphs
+from .calls import CallOver
 from .components import denoiser_of, modules_of, require_plain_weights
 from .undo import Journal, journaling
 
-COMPILED = "_compiled_call_impl"
-"""Where `nn.Module` keeps a call that stands in for its own."""
-
 
 @dataclass
-class GraphedModule:
+class GraphedModule(CallOver):
     """One module whose calls are captured; also the call scope that has it looked at once a call of the pipeline."""
 
-    module: nn.Module
-    max_graphs: int
-    call: Any = None
+    max_graphs: int = 8
 
-    def install(self) -> None:
-        """Put the graphs over the module's call, compiled or not."""
-        inner = vars(self.module).get(COMPILED) or self.module._call_impl
-        self.call = GraphedCall(self.module, inner, self.max_graphs)
-        setattr(self.module, COMPILED, self.call)
+    def make(self, inner: Callable[..., Any]) -> GraphedCall:
+        """Return the module's graphs, over its call, compiled or not."""
+        return GraphedCall(self.module, inner, self.max_graphs)
 
     def revert(self) -> str | None:
         """Release the graphs and give the module its own call back."""
-        call, self.call = self.call, None
-        if not isinstance(call, GraphedCall):
-            return None
-        call.clear()
-        replaced = vars(self.module).get(COMPILED) is not call
-        if replaced:
-            return f"the call of {type(self.module).__name__} was replaced meanwhile"
-        if call.inner == self.module._call_impl:
-            delattr(self.module, COMPILED)
-        else:
-            setattr(self.module, COMPILED, call.inner)
-        return None
-
-    def tell(self) -> list[str]:
-        """Say how often the module was captured and replayed, and why it runs eagerly if it does."""
-        return [] if self.call is None else [self.call.tell()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the graphs behind: they hold addresses of one process."""
-        return {**vars(self), "call": None}
-
-    def after_copy(self) -> None:
-        """Put graphs over the copied module's call."""
-        self.install()
+        if self.call is not None:
+            self.call.clear()
+        return super().revert()
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
@@ -94,7 +67,7 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
         raise NotSupportedError(explain_failure(tried, reason, "a denoiser that stays where it is", do))
     with journaling() as journal:
         for module in _targets(pipe):
-            change = GraphedModule(module, options.max_graphs)
+            change = GraphedModule(module, max_graphs=options.max_graphs)
             change.install()
             journal.add(change)
             journal.scopes.append(change)

@@ -25,15 +25,21 @@ logger = logging.getLogger("diffusers_turbo")
 
 Apply = Callable[[Any, Any], Journal]
 
+_OVER_A_CALL = ("graphs", "prompt", "guidance")
+
 WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "precision": ("offload", "trace"),
     "layout": ("offload", "trace"),
     "projections": ("offload", "trace"),
     "attention": ("trace",),
     "offload": ("trace",),
-    "compile_unet": ("graphs",),
-    "compile_transformer": ("graphs",),
-    "compile_vae": ("graphs",),
+    "pointwise": ("offload", "trace"),
+    "compile_unet": _OVER_A_CALL,
+    "compile_transformer": _OVER_A_CALL,
+    "compile_vae": _OVER_A_CALL,
+    "graphs": ("prompt", "guidance"),
+    "prompt": ("offload", "trace", "guidance"),
+    "guidance": ("offload", "trace"),
 }
 """Slots that are taken off while the slot on the left changes, outermost last."""
 

@@ -14,7 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
 from .capture import CAPTURES, Capture
-from .signature import Signature, fill, flatten, signature_of, static_copies, unflatten
+from .inputs import StaticInputs
+from .signature import MODE, Signature, flatten, signature_of, unflatten
 from .watch import Watch, why_not_capturable
 
 REMEMBERED = 64
@@ -26,21 +27,21 @@ class Graph:
     """A capture with the tensors it reads from, and the structure of what it returns."""
 
     capture: Capture
-    static: list[Any]
+    inputs: StaticInputs
     outputs: list[Any]
     structure: TreeSpec
 
     def run(self, leaves: list[Any]) -> Any:
         """Replay on new inputs; the results are copies, safe to keep."""
         with self.capture.in_turn():
-            fill(self.static, leaves)
+            self.inputs.fill(leaves)
             self.capture.replay()
             results = [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
         return unflatten(results, self.structure)
 
     def release(self) -> None:
         """Let go of the tensors first, so that the capture can give their memory back."""
-        self.static.clear()
+        self.inputs.clear()
         self.outputs.clear()
         self.capture.release()
 
@@ -91,7 +92,7 @@ class GraphedCall:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._refresh()
         leaves, structure = flatten(args, kwargs)
-        key = None if self.reason else signature_of(leaves, structure, self.device)
+        key = None if self.reason else signature_of(leaves, structure, self.device, vars(self.module).get(MODE))
         if key is None or key in self._refused:
             return self._run_eagerly(args, kwargs)
         graph = self.graphs.get(key)
@@ -137,10 +138,10 @@ class GraphedCall:
         while len(self.graphs) >= self.max_graphs:
             _, oldest = self.graphs.popitem(last=False)
             oldest.release()
-        static = static_copies(leaves, self.device)
+        inputs = StaticInputs(leaves, self.device)
 
         def run() -> Any:
-            args, kwargs = unflatten(static, structure)
+            args, kwargs = unflatten(inputs.static, structure)
             return self.inner(*args, **kwargs)
 
         try:
@@ -149,8 +150,9 @@ class GraphedCall:
             # whatever a call does that cannot be recorded; it runs as it would without graphs
             self._refused[key] = in_one_line(error, 200)
             return None
+        inputs.captured()
         outputs, output_structure = tree_flatten(capture.output)
-        graph = self.graphs[key] = Graph(capture, static, outputs, output_structure)
+        graph = self.graphs[key] = Graph(capture, inputs, outputs, output_structure)
         self.captured += 1
         return graph
 

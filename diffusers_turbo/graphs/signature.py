@@ -13,6 +13,10 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 """Arguments that are compared by value. Anything else but tensors makes a call that cannot be keyed."""
 
 
+MODE = "_turbo_mode"
+"""Attribute of a module in which a call over it says how it is called, where its arguments do not show that."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """The key of one call: its structure, its tensors' layouts, its plain values, and the modes it runs under."""
@@ -27,8 +31,8 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], T
     return tree_flatten((args, kwargs))
 
 
-def signature_of(leaves: list[Any], structure: TreeSpec, device: torch.device) -> Signature | None:
-    """Return the key of a call, None when it holds an argument that is neither tensor nor plain value."""
+def signature_of(leaves: list[Any], structure: TreeSpec, device: torch.device, mode: object = None) -> Signature | None:
+    """Return the key of a call in a `MODE`, None when it holds an argument that is neither tensor nor plain value."""
     keys: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -38,7 +42,7 @@ def signature_of(leaves: list[Any], structure: TreeSpec, device: torch.device) -
             keys.append((type(leaf), leaf))
         else:
             return None
-    return Signature(structure, tuple(keys), modes_of(device))
+    return Signature(structure, tuple(keys), (*modes_of(device), mode))
 
 
 def modes_of(device: torch.device) -> tuple[Any, ...]:
@@ -52,34 +56,6 @@ def modes_of(device: torch.device) -> tuple[Any, ...]:
         torch.backends.cudnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def static_copies(leaves: list[Any], device: torch.device) -> list[Any]:
-    """Return the leaves with each tensor replaced by one of its own on `device`, with the same strides and values."""
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
-        _distinct(made).copy_(_distinct(leaf))
-        return made
-
-    return [own(leaf) for leaf in leaves]
-
-
-def fill(static: list[Any], leaves: list[Any]) -> None:
-    """Copy the tensors of a call into those that a graph reads from."""
-    for target, source in zip(static, leaves, strict=True):
-        if isinstance(target, Tensor):
-            _distinct(target).copy_(_distinct(source), non_blocking=True)
-
-
-def _distinct(tensor: Tensor) -> Tensor:
-    """A view of an expanded tensor without the repetitions, which cannot be written to."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
 
 
 def unflatten(leaves: list[Any], structure: TreeSpec) -> Any:

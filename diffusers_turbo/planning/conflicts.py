@@ -14,7 +14,9 @@ from .options import (
     GroupOffload,
     ModelOffload,
     Options,
+    PromptProjections,
     SequentialOffload,
+    SharedGuidance,
     TraceUNet,
     VAETiling,
 )
@@ -22,6 +24,7 @@ from .options import (
 SLOT_ORDER: dict[str, str] = {
     "precision": "first: every later switch sees the weights as they will be",
     "layout": "after precision: a cast makes new tensors, which would lose their strides",
+    "pointwise": "after layout, which it asks for",
     "projections": "before attention: the processors ask a layer whether its projections are fused",
     "attention": "after the weights are final, so that kernels are chosen for the dtype that runs",
     "tf32": "a setting of the call, independent of the modules",
@@ -31,7 +34,9 @@ SLOT_ORDER: dict[str, str] = {
     "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",
     "trace": "last: a trace freezes what it sees",
-    "graphs": "over everything: a graph records what all the other switches make the modules do",
+    "graphs": "over all that is recorded: a graph holds what the other switches make the modules do",
+    "prompt": "over graphs: what it makes of the prompt is their input",
+    "guidance": "over graphs: it says in which mode they are called",
 }
 """Slot -> why it stands where it stands. The order of the keys is the order in which switches are applied."""
 
@@ -107,6 +112,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(CUDAGraphs,),
         second=(TraceUNet,),
         reason="TorchScript chooses its kernels in its first calls, which a recording must not see",
+    ),
+    Conflict(
+        first=(PromptProjections, SharedGuidance),
+        second=(ModelOffload, *_STREAMING),
+        reason="offload brings the weights when the UNet is called, and hooks take the forwards that this replaces",
+    ),
+    Conflict(
+        first=(PromptProjections, SharedGuidance),
+        second=(TraceUNet,),
+        reason="a trace has the UNet's forward frozen as it was",
     ),
     Conflict(
         first=(FusedQKV,),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotSupportedError, explain_failure
+from .algebra import judge_algebra
 from .conflicts import in_order
 from .fitting import Estimated, Rung, judge_memory, make_ladder
 from .loop import judge_loop
@@ -158,6 +159,7 @@ def _draft(situation: Situation, rung: Rung) -> _Draft:
     layout = judge_layout(situation, dtype, compiled)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
     verdicts += [judge_loop(situation), judge_trace(situation), judge_graphs(situation)]
+    verdicts += judge_algebra(situation)
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
     estimate = estimate_memory(

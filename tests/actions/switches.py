@@ -136,6 +136,18 @@ SWITCHES = [
         "scheduler",
     ),
     Switch(
+        "enable_prompt_projections",
+        "disable_prompt_projections",
+        lambda pipe: "forward" in vars(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k),
+        "prompt",
+    ),
+    Switch(
+        "enable_pointwise_matmul",
+        "disable_pointwise_matmul",
+        lambda pipe: "forward" in vars(pipe.vae.post_quant_conv),
+        "pointwise",
+    ),
+    Switch(
         "compile_unet",
         "uncompile",
         lambda pipe: pipe.unet._compiled_call_impl is not None,

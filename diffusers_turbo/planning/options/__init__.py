@@ -16,7 +16,7 @@ from .attention import SDPA_BACKENDS, FusedQKV, NaiveAttention, SDPAAttention, S
 from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, TraceUNet
 from .memory import OFFLOAD_TYPES, GroupOffload, ModelOffload, SequentialOffload, VAESlicing, VAETiling
 from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
-from .speed import SYNC_FREE_SCHEDULERS, CUDAGraphs, SyncFreeLoop
+from .speed import SYNC_FREE_SCHEDULERS, CUDAGraphs, PointwiseMatmul, PromptProjections, SharedGuidance, SyncFreeLoop
 
 __all__ = [
     "ACTIONS",
@@ -37,8 +37,11 @@ __all__ = [
     "ModelOffload",
     "NaiveAttention",
     "Options",
+    "PointwiseMatmul",
+    "PromptProjections",
     "SDPAAttention",
     "SequentialOffload",
+    "SharedGuidance",
     "SlicedAttention",
     "SyncFreeLoop",
     "TraceUNet",
@@ -54,6 +57,7 @@ ACTIONS: dict[str, type[Options]] = {
     for cls in (
         HalfPrecision,
         ChannelsLast,
+        PointwiseMatmul,
         FusedQKV,
         NaiveAttention,
         SDPAAttention,
@@ -71,6 +75,8 @@ ACTIONS: dict[str, type[Options]] = {
         CompileVAE,
         TraceUNet,
         CUDAGraphs,
+        PromptProjections,
+        SharedGuidance,
     )
 }
 """Every action by its method's name, in the order in which slots are applied."""

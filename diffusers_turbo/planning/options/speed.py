@@ -1,4 +1,4 @@
-"""What makes a pipeline faster without touching its weights: the loop, graphs."""
+"""What makes a pipeline faster without touching its weights: less work for the host, less work at all."""
 
 from __future__ import annotations
 
@@ -35,3 +35,27 @@ class CUDAGraphs(Options):
         if self.max_graphs is None:
             raise self._refuse("max_graphs", "a positive integer", "leave max_graphs out for 8")
         self._check_positive("max_graphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointwiseMatmul(Options):
+    """Run 1x1 convolutions as matrix products, on channels-last activations."""
+
+    action = "enable_pointwise_matmul"
+    slot = "pointwise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptProjections(Options):
+    """Project keys and values of the prompt once a call instead of at every step."""
+
+    action = "enable_prompt_projections"
+    slot = "prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedGuidance(Options):
+    """Compute the part of the UNet before the first cross-attention once for both halves of guidance."""
+
+    action = "enable_shared_guidance"
+    slot = "guidance"
