@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import InvalidOptionError, NotSupportedError
 from diffusers_turbo.graphs.capture import CAPTURES
 from tests import tiny
+from tests.controlled import controlled, controlled_picture
 from tests.graphs.changing import twin_pipes, unet_call
 from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
@@ -206,26 +206,10 @@ def test_other_tasks(task):
 
 
 def test_controlnet():
-    def make() -> Any:
-        base = tiny.sd()
-        torch.manual_seed(1)
-        controlnet = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)).eval()
-        with torch.no_grad():
-            for block in controlnet.controlnet_down_blocks:  # made of zeros, which would control nothing
-                block.weight.normal_()
-        parts = {name: part for name, part in base.components.items() if name != "requires_safety_checker"}
-        made = StableDiffusionControlNetPipeline(**parts, controlnet=controlnet, requires_safety_checker=False)
-        made.set_progress_bar_config(disable=True)
-        return made
-
-    eager, graphed = make(), turbo(make())
+    eager, graphed = controlled(), turbo(controlled())
     graphed.enable_cuda_graphs()
-    picture = task_inputs("img2img", 32, 32, 1)["image"][0]
     for strength in (1.0, 1.0, 0.5):
-        pictures = [
-            tiny.picture(pipe, steps=3, image=picture, controlnet_conditioning_scale=strength, height=32, width=32)
-            for pipe in (eager, graphed)
-        ]
+        pictures = [controlled_picture(pipe, controlnet_conditioning_scale=strength) for pipe in (eager, graphed)]
         assert torch.equal(*pictures)
     assert graphed.controlnet._compiled_call_impl.replayed > 0
 
