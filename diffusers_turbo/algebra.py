@@ -25,6 +25,21 @@ class SparesWork(Switching):
         """Switch `enable_prompt_projections` off."""
         self._disable("enable_prompt_projections")
 
+    def enable_time_projections(self) -> None:
+        """Exact: the timesteps of all steps are embedded and projected at once, before the first one.
+
+        The table takes 2 bytes (float16) for each step and output channel of each resnet: 2 MB for 50 steps of SD1.5;
+        in SDXL as much for each picture and half of guidance. Timesteps of one's own are embedded as ever.
+
+        Raises:
+            NotSupportedError: the denoiser is no UNet whose resnets project a plain time embedding.
+        """
+        self._enable(opt.TimeProjections())
+
+    def disable_time_projections(self) -> None:
+        """Switch `enable_time_projections` off."""
+        self._disable("enable_time_projections")
+
     def enable_shared_guidance(self) -> None:
         """Exact: the UNet's first resnet and first self-attention are computed once for both halves of guidance.
 

@@ -20,6 +20,7 @@ from . import (
     prompt,
     scheduler,
     tf32,
+    time_projections,
     tracing,
     vae,
 )
@@ -50,6 +51,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.PointwiseMatmul: pointwise.apply,
     opt.PromptProjections: prompt.apply,
     opt.SharedGuidance: guidance.apply,
+    opt.TimeProjections: time_projections.apply,
 }
 """The function behind each kind of options."""
 

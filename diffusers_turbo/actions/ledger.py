@@ -25,7 +25,7 @@ logger = logging.getLogger("diffusers_turbo")
 
 Apply = Callable[[Any, Any], Journal]
 
-_OVER_A_CALL = ("graphs", "prompt", "guidance")
+_OVER_A_CALL = ("graphs", "time", "prompt", "guidance")
 
 WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "precision": ("offload", "trace"),
@@ -37,7 +37,8 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "compile_unet": _OVER_A_CALL,
     "compile_transformer": _OVER_A_CALL,
     "compile_vae": _OVER_A_CALL,
-    "graphs": ("prompt", "guidance"),
+    "graphs": ("time", "prompt", "guidance"),
+    "time": ("offload", "trace", "prompt", "guidance"),
     "prompt": ("offload", "trace", "guidance"),
     "guidance": ("offload", "trace"),
 }

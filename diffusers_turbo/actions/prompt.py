@@ -8,116 +8,94 @@ every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..attention import attention_layers, layer_kind, why_kept
 from ..errors import NotSupportedError, explain_failure
-from ..graphs.watch import Watch
+from ..graphs.watch import why_not_capturable
 from ..planning.options import PromptProjections
-from .calls import CallOver
+from .ahead import AheadCall, ComputesAhead
 from .components import require_plain_weights, unet_and_controlnets
-from .stripes import Stripes, cross_attention_layers, standing
+from .stripes import Stripe, side_by_side
 from .undo import Journal, journaling
 
 TRIED = "enable_prompt_projections()"
 
+NETWORKS = ("UNet2DConditionModel", "ControlNetModel")
+"""Networks that hand `encoder_hidden_states` to their cross-attention layers as it is."""
 
-class PromptCall:
-    """Stands over a network's call and projects the prompt ahead, while a call of the pipeline runs."""
+PROJECTIONS = ("to_k", "to_v", "to_kv")
+"""What a layer may send the prompt through; `to_kv` is the first two, fused."""
 
-    def __init__(self, inner: Callable[..., Any], stripes: Stripes) -> None:
-        """Stand over `inner`."""
-        self.inner, self.stripes = inner, stripes
-        self.calls = self.projected = 0
-        self.reason: str | None = None
-        self._inside = 0
-        self._layers: list[Any] = []
-        self._watch: Watch | None = None
-        self._weights: list[nn.Parameter] = []
-        self._made: tuple[Tensor, Any, Tensor] | None = None
 
-    def enter_call(self) -> None:
-        """A call of the pipeline begins: see which modules project the prompt now."""
-        self._inside += 1
-        self.reason = self.stripes.lay()
-        self._layers = cross_attention_layers(self.stripes.root)
-        projections = nn.ModuleList(standing(self._layers))
-        self._watch, self._weights = Watch(projections), list(projections.parameters())
+class PromptCall(AheadCall):
+    """Stands over the call of a UNet or ControlNet and projects the prompt ahead."""
 
-    def leave_call(self) -> None:
-        """A call of the pipeline ends, and what was made for it goes."""
-        self._inside -= 1
-        self._made = self._watch = None
-        self._layers, self._weights = [], []
+    def find(self) -> list[Any]:
+        """Return the `Attention` layers that attend to the prompt."""
+        return [attn for attn in attention_layers(self.root).values() if attn.is_cross_attention]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, on the prompt projected ahead where that can be."""
-        self.calls += 1
-        if self._inside and self.reason is None and not torch.is_grad_enabled():
-            if len(args) > 2:
-                args = (*args[:2], self._ahead(args[2], kwargs), *args[3:])
-            elif "encoder_hidden_states" in kwargs:
-                kwargs["encoder_hidden_states"] = self._ahead(kwargs["encoder_hidden_states"], kwargs)
-        return self.inner(*args, **kwargs)
+    def carriers(self) -> list[nn.Module]:
+        """Return the modules that project the prompt now."""
+        found = (getattr(attn, name, None) for attn in self.layers for name in PROJECTIONS)
+        return [module for module in found if module is not None]
 
-    def _ahead(self, prompt: Any, kwargs: dict[str, Any]) -> Any:
+    def width(self) -> int:
+        """Keys and values of all layers; one more where the prompt is as wide, and could be taken for them."""
+        width: int = sum(2 * attn.inner_kv_dim for attn in self.layers)
+        return width + int(width == self.layers[0].cross_attention_dim)
+
+    def lay(self) -> None:
+        """Give each projection its stripe."""
+        width, start = self.width(), 0
+        for attn in self.layers:
+            middle, stop = start + attn.inner_kv_dim, start + 2 * attn.inner_kv_dim
+            for name, cut in zip(PROJECTIONS, [(start, middle), (middle, stop), (start, stop)], strict=True):
+                if (module := getattr(attn, name, None)) is not None:
+                    self.forwards.lay(Stripe(module, width, *cut))
+            start = stop
+
+    def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put the projected prompt, `[B, M, width]`, in place of the prompt `[B, M, C]`."""
+        if kwargs.get("cross_attention_kwargs"):
+            return args, kwargs  # such as a LoRA's scale, which holds inside the network only
+        if len(args) > 2:
+            return (*args[:2], self._ahead(args[2]), *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": self._ahead(kwargs.get("encoder_hidden_states"))}
+
+    def _ahead(self, prompt: Any) -> Any:
         if not isinstance(prompt, Tensor) or prompt.is_inference():
             return prompt  # the changes of an inference tensor can't be noticed
-        if kwargs.get("cross_attention_kwargs"):
-            return prompt  # such as a LoRA's scale, which holds inside the network only
-        if not self.stripes.are_on(standing(self._layers)):
-            return prompt  # an adapter came or went between two steps
-        state = (prompt._version, self._state())
-        if self._made is None or self._made[0] is not prompt or self._made[1] != state:
-            self._made = (prompt, state, self.stripes.project(prompt))
-            self.projected += 1
-        return self._made[2]
+        return self.once((prompt,), lambda: self._project(prompt))
 
-    def _state(self) -> tuple[Any, ...]:
-        """What the projections' results depend on beside the prompt, and a callback may change between two steps."""
-        weights = [(weight.data_ptr(), weight._version) for weight in self._weights]
-        return (*weights, *(self._watch.numbers() if self._watch else ()))
+    def _project(self, prompt: Tensor) -> Tensor:
+        parts = [part for attn in self.layers for part in (attn.to_k(prompt), attn.to_v(prompt))]
+        return side_by_side(parts, self.width())
 
-    def tell(self) -> str:
-        """Say what happened so far."""
-        told = f"{type(self.stripes.root).__name__}: {self.calls} calls, prompt projected {self.projected} times"
-        return f"{told}; not ahead: {self.reason}" if self.reason else told
-
-
-@dataclass
-class ProjectsAhead(CallOver):
-    """One network whose prompt is projected ahead; also the call scope in which that holds."""
-
-    stripes: Stripes | None = None
-
-    def make(self, inner: Callable[..., Any]) -> PromptCall:
-        """Return the call over the network's own."""
-        if self.stripes is None:
-            self.stripes = Stripes(self.module)
-        return PromptCall(inner, self.stripes)
-
-    def revert(self) -> str | None:
-        """Give projections and network their own forward and call back."""
-        left = self.stripes.lift() if self.stripes else None
-        return super().revert() or left
-
-    @contextmanager
-    def around_call(self, pipe: Any) -> Iterator[None]:
-        """Project ahead inside the block."""
-        call = self.call
-        if call is None:
-            yield
-            return
-        call.enter_call()
-        try:
-            yield
-        finally:
-            call.leave_call()
+    def why_not(self, fresh: bool) -> str | None:
+        """Return why this network's prompt can't be projected ahead."""
+        name, config = type(self.root).__name__, getattr(self.root, "config", None)
+        if name not in NETWORKS:
+            return f"what a {name} does with its prompt is not known"
+        if "forward" in vars(self.root):
+            return f"the forward of {name} was replaced (a trace, an export), which was made for the prompt itself"
+        if getattr(self.root, "encoder_hid_proj", None) is not None:
+            return f"{name} sends its prompt through encoder_hid_proj first (an IP-Adapter, say)"
+        if getattr(config, "addition_embed_type", None) not in (None, "text_time"):
+            return f"{name} adds its prompt to the time embedding"
+        carriers = self.carriers()
+        if not carriers:
+            return f"{name} has no cross-attention"
+        for attn in self.layers:
+            if layer_kind(attn) != "plain" or attn.norm_cross is not None:
+                return "a cross-attention layer has added keys, or normalises the prompt"
+            if reason := why_kept(attn.processor, "plain"):
+                return reason
+        if fresh and any("forward" in vars(module) for module in carriers):
+            return "a projection's forward was replaced"
+        return why_not_capturable(nn.ModuleList(carriers))
 
 
 def apply(pipe: Any, options: PromptProjections) -> Journal:
@@ -125,15 +103,14 @@ def apply(pipe: Any, options: PromptProjections) -> Journal:
     require_plain_weights(pipe, TRIED)
     with journaling() as journal:
         for index, network in enumerate(unet_and_controlnets(pipe, TRIED)):
-            change = ProjectsAhead(network)
+            change = ComputesAhead(network, kind=PromptCall)
             change.install()
             journal.add(change)
             journal.scopes.append(change)
-            assert change.stripes is not None
-            reason = change.stripes.lay()
+            reason = change.call.prepare()
             if reason and index == 0:
                 needed, do = "a UNet whose cross-attention layers take the prompt as it comes", "leave this switch off"
                 raise NotSupportedError(explain_failure(TRIED, reason, needed, do))
-            layers = len(cross_attention_layers(network))
-            journal.note(f"{type(network).__name__}: {reason or f'{layers} cross-attention layers'}")
+            what = reason or f"{len(change.call.layers)} cross-attention layers"
+            journal.note(f"{type(network).__name__}: {what}")
     return journal

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .options import Options, PointwiseMatmul, PromptProjections, SharedGuidance
+from .options import Options, PointwiseMatmul, PromptProjections, SharedGuidance, TimeProjections
 from .request import Situation, Verdict, leave
 
 _GAINS: dict[type[Options], str] = {
     PromptProjections: "It spares two products a cross-attention layer at every step",
+    TimeProjections: "It spares a UNet's time embedding and a product a resnet at every step",
     SharedGuidance: "It halves the first resnet and the first self-attention of a UNet without added embeddings",
     PointwiseMatmul: "It runs 1x1 convolutions by the library of matrix products",
 }

@@ -17,6 +17,7 @@ from .options import (
     PromptProjections,
     SequentialOffload,
     SharedGuidance,
+    TimeProjections,
     TraceUNet,
     VAETiling,
 )
@@ -35,6 +36,7 @@ SLOT_ORDER: dict[str, str] = {
     "compile": "last: what is compiled is the module with every other switch on it",
     "trace": "last: a trace freezes what it sees",
     "graphs": "over all that is recorded: a graph holds what the other switches make the modules do",
+    "time": "over graphs: what it makes of the timesteps is their input",
     "prompt": "over graphs: what it makes of the prompt is their input",
     "guidance": "over graphs: it says in which mode they are called",
 }
@@ -114,12 +116,12 @@ CONFLICTS: tuple[Conflict, ...] = (
         reason="TorchScript chooses its kernels in its first calls, which a recording must not see",
     ),
     Conflict(
-        first=(PromptProjections, SharedGuidance),
+        first=(TimeProjections, PromptProjections, SharedGuidance),
         second=(ModelOffload, *_STREAMING),
         reason="offload brings the weights when the UNet is called, and hooks take the forwards that this replaces",
     ),
     Conflict(
-        first=(PromptProjections, SharedGuidance),
+        first=(TimeProjections, PromptProjections, SharedGuidance),
         second=(TraceUNet,),
         reason="a trace has the UNet's forward frozen as it was",
     ),

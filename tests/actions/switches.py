@@ -142,6 +142,12 @@ SWITCHES = [
         "prompt",
     ),
     Switch(
+        "enable_time_projections",
+        "disable_time_projections",
+        lambda pipe: "forward" in vars(pipe.unet.mid_block.resnets[0].time_emb_proj),
+        "time",
+    ),
+    Switch(
         "enable_pointwise_matmul",
         "disable_pointwise_matmul",
         lambda pipe: "forward" in vars(pipe.vae.post_quant_conv),

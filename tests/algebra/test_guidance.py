@@ -16,6 +16,7 @@ from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.parity import distance
 from tests import tiny
+from tests.algebra.changing import between_steps, no_more_guidance
 from tests.controlled import controlled, controlled_picture
 from tests.state import differences, state_of
 
@@ -115,25 +116,13 @@ def test_halves_taken_for_equal_that_are_not_would_give_another_picture(monkeypa
         )
 
 
-def no_more_guidance(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What diffusers' guide on callbacks does to save the last steps' negative half."""
-    if step == 0:
-        pipe._guidance_scale = 0.0
-        kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[1]
-    return kwargs
-
-
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_guidance_ended_by_a_callback(graphs, captures_on_the_cpu):
     stock, shared = twins()
     if graphs:
         shared.enable_cuda_graphs()
-    ending = {
-        "callback_on_step_end": no_more_guidance,
-        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
-    }
     for _ in range(2):
-        assert near(stock, shared, steps=4, batch=2, **ending)
+        assert near(stock, shared, steps=4, batch=2, **between_steps(no_more_guidance))
     assert near(stock, shared, batch=2)
 
 
@@ -186,7 +175,7 @@ def test_together_with_the_projected_prompt_and_graphs(captures_on_the_cpu):
         assert near(stock, shared, seed=seed, batch=2)
     told = str(shared.turbo_report())
     assert "6 of 6 calls" in told
-    assert "6 calls, prompt projected 2 times" in told
+    assert "6 calls, computed ahead 2 times" in told
     assert "1 captured, 1 kept, 5 replays" in told
     shared.disable_cuda_graphs()
     assert near(stock, shared, batch=2)

@@ -11,10 +11,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions.prompt import PromptCall
+from diffusers_turbo.actions.stripes import State
 from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import NotSupportedError
 from tests import tiny
+from tests.algebra.changing import between_steps, lora_on, no_more_guidance
 from tests.controlled import controlled, controlled_picture
 from tests.graphs.changing import CHANGES, Scaled, lora, unload
 from tests.state import differences, state_of
@@ -28,7 +29,7 @@ def twins(make: Any = tiny.sd, **arguments: Any) -> tuple[Any, Any]:
 
 
 def projected(pipe: Any) -> int:
-    return pipe.unet._compiled_call_impl.projected
+    return pipe.unet._compiled_call_impl.made
 
 
 def same_picture(stock: Any, ahead: Any, **arguments: Any) -> bool:
@@ -72,25 +73,6 @@ def test_the_eager_picture_after_any_change(change):
         assert same_picture(stock, ahead)
 
 
-def between_steps(alter: Any) -> Any:
-    """A callback that changes the pipeline after its first step."""
-
-    def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if step == 0:
-            alter(pipe, kwargs)
-        return kwargs
-
-    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
-
-
-def lora_on_keys(pipe: Any, weight: float = 1.0) -> None:
-    from peft import LoraConfig
-
-    torch.manual_seed(0)
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
-    pipe.unet.set_adapters("default", weight)
-
-
 def new_prompt(pipe: Any, kwargs: dict[str, Any]) -> None:
     kwargs["prompt_embeds"] = kwargs["prompt_embeds"].flip(1)
 
@@ -110,17 +92,14 @@ def weights_exchanged(pipe: Any, kwargs: dict[str, Any]) -> None:
     attn.to_v.weight.data = attn.to_v.weight.data * 2
 
 
-def no_more_guidance(pipe: Any, kwargs: dict[str, Any]) -> None:
-    pipe._guidance_scale = 0.0
-    kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[1]
-
+KEYS = ("to_k", "to_v")
 
 BETWEEN_STEPS = {
     "another prompt": new_prompt,
     "the prompt in place": prompt_in_place,
     "weights in place": weights_in_place,
     "weights exchanged": weights_exchanged,
-    "a LoRA loaded": lambda pipe, kwargs: lora_on_keys(pipe),
+    "a LoRA loaded": lambda pipe, kwargs: lora_on(pipe, *KEYS),
     "guidance ended": no_more_guidance,
 }
 
@@ -140,7 +119,7 @@ def test_a_callback_may_change_anything_between_two_steps(change, graphs, captur
 def test_a_loras_scale_between_two_steps():
     stock, ahead = twins()
     for pipe in (stock, ahead):
-        lora_on_keys(pipe)
+        lora_on(pipe, *KEYS)
     plain = tiny.picture(ahead, steps=3)
     callback = between_steps(lambda pipe, kwargs: pipe.unet.set_adapters("default", 0.2))
     assert same_picture(stock, ahead, **callback)
@@ -149,7 +128,7 @@ def test_a_loras_scale_between_two_steps():
 
 def test_without_the_state_a_stale_projection_would_be_used(monkeypatch):
     """The tests above can fail: with nothing watched, the picture is wrong."""
-    monkeypatch.setattr(PromptCall, "_state", lambda self: ())
+    monkeypatch.setattr(State, "now", lambda self: ())
     stock, ahead = twins()
     assert not same_picture(stock, ahead, **between_steps(weights_in_place))
 
@@ -157,7 +136,7 @@ def test_without_the_state_a_stale_projection_would_be_used(monkeypatch):
 def test_a_lora_on_keys_and_values_is_projected_ahead_too():
     stock, ahead = twins()
     for pipe in (stock, ahead):
-        lora_on_keys(pipe, 0.7)
+        lora_on(pipe, *KEYS, weight=0.7)
     before = projected(ahead)
     assert same_picture(stock, ahead)
     assert projected(ahead) == before + 1
@@ -221,7 +200,7 @@ def test_controlnets(several):
     ahead.enable_prompt_projections()
     assert torch.equal(controlled_picture(ahead), controlled_picture(stock))
     nets = ahead.controlnet.nets if several else [ahead.controlnet]
-    assert [net._compiled_call_impl.projected for net in (ahead.unet, *nets)] == [1] * (1 + len(nets))
+    assert [net._compiled_call_impl.made for net in (ahead.unet, *nets)] == [1] * (1 + len(nets))
 
 
 def test_inference_mode_and_gradients():
@@ -267,7 +246,7 @@ def test_undo_leaves_a_foreign_forward_alone():
     theirs = attn.to_k.forward = lambda x: torch.zeros(*x.shape[:2], attn.inner_kv_dim)
     report = ahead.turbo_undo()
     assert attn.to_k.forward is theirs
-    assert "1 projections of UNet2DConditionModel got another forward meanwhile" in report.left_alone
+    assert "1 layers got another forward meanwhile" in report.left_alone
 
 
 @pytest.mark.parametrize(

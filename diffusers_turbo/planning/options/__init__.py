@@ -16,7 +16,15 @@ from .attention import SDPA_BACKENDS, FusedQKV, NaiveAttention, SDPAAttention, S
 from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, TraceUNet
 from .memory import OFFLOAD_TYPES, GroupOffload, ModelOffload, SequentialOffload, VAESlicing, VAETiling
 from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
-from .speed import SYNC_FREE_SCHEDULERS, CUDAGraphs, PointwiseMatmul, PromptProjections, SharedGuidance, SyncFreeLoop
+from .speed import (
+    SYNC_FREE_SCHEDULERS,
+    CUDAGraphs,
+    PointwiseMatmul,
+    PromptProjections,
+    SharedGuidance,
+    SyncFreeLoop,
+    TimeProjections,
+)
 
 __all__ = [
     "ACTIONS",
@@ -44,6 +52,7 @@ __all__ = [
     "SharedGuidance",
     "SlicedAttention",
     "SyncFreeLoop",
+    "TimeProjections",
     "TraceUNet",
     "VAESlicing",
     "VAETiling",
@@ -75,6 +84,7 @@ ACTIONS: dict[str, type[Options]] = {
         CompileVAE,
         TraceUNet,
         CUDAGraphs,
+        TimeProjections,
         PromptProjections,
         SharedGuidance,
     )

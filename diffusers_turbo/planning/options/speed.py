@@ -54,6 +54,14 @@ class PromptProjections(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeProjections(Options):
+    """Embed and project the timesteps of all steps at once, before the first one."""
+
+    action = "enable_time_projections"
+    slot = "time"
+
+
+@dataclass(frozen=True, kw_only=True)
 class SharedGuidance(Options):
     """Compute the part of the UNet before the first cross-attention once for both halves of guidance."""
 

@@ -1,0 +1,133 @@
+"""A call that computes something ahead of a network's own, once a call of the pipeline: the common part."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import CallOver
+from .stripes import Forwards, State
+
+
+class AheadCall(ABC):
+    """Stands over a network's call, and acts while a call of the pipeline runs.
+
+    Attributes:
+        layers: those of the network that take what was computed ahead.
+        calls, made: how often the network was called, and something computed ahead.
+        reason: why nothing is computed ahead in this call of the pipeline, if so.
+    """
+
+    def __init__(self, root: nn.Module, inner: Callable[..., Any], forwards: Forwards) -> None:
+        """Stand over `inner`, the call of `root`."""
+        self.root, self.inner, self.forwards = root, inner, forwards
+        self.layers: list[Any] = []
+        self.calls = self.made = 0
+        self.reason: str | None = None
+        self.pipe: Any = None
+        self._state: State | None = None
+        self._memory: tuple[tuple[Tensor, ...], Any, Any] | None = None
+
+    @abstractmethod
+    def find(self) -> list[Any]:
+        """Return the network's layers that can take what is computed ahead."""
+
+    @abstractmethod
+    def carriers(self) -> list[nn.Module]:
+        """Return the modules of `layers` that are to carry forwards, as they stand there now."""
+
+    @abstractmethod
+    def why_not(self, fresh: bool) -> str | None:
+        """Return why nothing can be computed ahead; `fresh` says that the carriers carry nothing of ours yet."""
+
+    @abstractmethod
+    def lay(self) -> None:
+        """Lay the forwards."""
+
+    @abstractmethod
+    def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call, with what was computed ahead in place of what it was computed from."""
+
+    def prepare(self) -> str | None:
+        """Lay the forwards on the modules that stand in the network now; return why not, if that is so."""
+        self.layers = self.find()
+        fresh = not self.forwards.are_on(self.carriers())
+        if fresh:
+            self.forwards.lift()
+        reason = self.why_not(fresh)
+        if fresh and reason is None:
+            self.lay()
+        return reason
+
+    def enter_call(self, pipe: Any) -> None:
+        """A call of the pipeline begins."""
+        self.pipe, self.reason = pipe, self.prepare()
+        self._state = State(self.carriers())
+
+    def leave_call(self) -> None:
+        """A call of the pipeline ends, and what was made for it goes."""
+        self.pipe = self._state = self._memory = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network."""
+        self.calls += 1
+        active = self.pipe is not None and self.reason is None and not torch.is_grad_enabled()
+        if active and self.forwards.are_on(self.carriers()):  # else an adapter came or went between two steps
+            args, kwargs = self.replaced(args, kwargs)
+        return self.inner(*args, **kwargs)
+
+    def once(self, inputs: tuple[Tensor, ...], make: Callable[[], Any], *also: object) -> Any:
+        """Return what `make` makes of these inputs, made before if neither they nor the modules have changed since."""
+        assert self._state is not None
+        state = (*(x._version for x in inputs), *also, *self._state.now())
+        if self._memory is not None:
+            held_inputs, held_state, held = self._memory
+            same = len(held_inputs) == len(inputs) and all(a is b for a, b in zip(held_inputs, inputs, strict=True))
+            if same and held_state == state:
+                return held
+        self._memory = (inputs, state, make())
+        self.made += 1
+        return self._memory[2]
+
+    def tell(self) -> str:
+        """Say what happened so far."""
+        told = f"{type(self.root).__name__}: {self.calls} calls, computed ahead {self.made} times"
+        return f"{told}; not ahead: {self.reason}" if self.reason else told
+
+
+@dataclass
+class ComputesAhead(CallOver):
+    """The change that puts such a call over a network's; also the call scope in which it acts."""
+
+    kind: Callable[[nn.Module, Callable[..., Any], Forwards], AheadCall] | None = None
+    forwards: Forwards | None = None
+
+    def make(self, inner: Callable[..., Any]) -> AheadCall:
+        """Return the call over the network's own."""
+        assert self.kind is not None
+        self.forwards = self.forwards or Forwards()
+        return self.kind(self.module, inner, self.forwards)
+
+    def revert(self) -> str | None:
+        """Give layers and network their own forward and call back."""
+        left = self.forwards.lift() if self.forwards else None
+        return super().revert() or left
+
+    @contextmanager
+    def around_call(self, pipe: Any) -> Iterator[None]:
+        """Compute ahead inside the block."""
+        call = self.call
+        if call is None:
+            yield
+            return
+        call.enter_call(pipe)
+        try:
+            yield
+        finally:
+            call.leave_call()
