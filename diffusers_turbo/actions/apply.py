@@ -23,6 +23,7 @@ from . import (
     time_projections,
     tracing,
     vae,
+    vae_upcast,
 )
 from .ledger import Apply, close_ledger, open_ledger
 from .undo import Journal
@@ -39,6 +40,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.HalfPrecision: precision.apply,
     opt.VAESlicing: vae.apply_slicing,
     opt.VAETiling: vae.apply_tiling,
+    opt.VAEUpcastCopy: vae_upcast.apply,
     opt.ModelOffload: offload.apply_model,
     opt.SequentialOffload: offload.apply_sequential,
     opt.GroupOffload: offload.apply_group,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import Options, PointwiseMatmul, PromptProjections, SharedGuidance, TimeProjections
+from .options import Options, PointwiseMatmul, PromptProjections, SharedGuidance, TimeProjections, VAEUpcastCopy
 from .request import Situation, Verdict, leave
 
 _GAINS: dict[type[Options], str] = {
@@ -25,4 +25,11 @@ def judge_algebra(situation: Situation) -> list[Verdict]:
         else:
             # a plan throws only what was run and measured on such a device
             verdicts.append(leave(kind(), f"{gain}; how much that gains on {device.name} was not measured yet."))
-    return verdicts
+    return [*verdicts, _judge_upcast_copy(situation)]
+
+
+def _judge_upcast_copy(situation: Situation) -> Verdict:
+    facts, option = situation.pipeline, VAEUpcastCopy()
+    if facts.vae is None or not facts.vae.force_upcast:
+        return leave(option, f"{facts.class_name} decodes in the dtype its VAE has.")
+    return leave(option, "It spares two casts of the VAE a picture; what that gains was not measured on a GPU yet.")

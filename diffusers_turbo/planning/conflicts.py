@@ -20,6 +20,7 @@ from .options import (
     TimeProjections,
     TraceUNet,
     VAETiling,
+    VAEUpcastCopy,
 )
 
 SLOT_ORDER: dict[str, str] = {
@@ -31,6 +32,7 @@ SLOT_ORDER: dict[str, str] = {
     "tf32": "a setting of the call, independent of the modules",
     "vae_slicing": "before tiling, which then works on single pictures",
     "vae_tiling": "before offload and compile, which see the decoder that really runs",
+    "vae_upcast": "a matter of the call: it exchanges weights while the pipeline decodes",
     "offload": "after all that touches weights: its hooks move what is then final",
     "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",
@@ -124,6 +126,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(TimeProjections, PromptProjections, SharedGuidance),
         second=(TraceUNet,),
         reason="a trace has the UNet's forward frozen as it was",
+    ),
+    Conflict(
+        first=(VAEUpcastCopy,),
+        second=(ModelOffload, *_STREAMING),
+        reason="offload moves the weights that a copy is kept of",
     ),
     Conflict(
         first=(FusedQKV,),

@@ -24,6 +24,7 @@ from .speed import (
     SharedGuidance,
     SyncFreeLoop,
     TimeProjections,
+    VAEUpcastCopy,
 )
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "TraceUNet",
     "VAESlicing",
     "VAETiling",
+    "VAEUpcastCopy",
     "XFormersAttention",
     "dtype_name",
     "make_options",
@@ -75,6 +77,7 @@ ACTIONS: dict[str, type[Options]] = {
         TF32,
         VAESlicing,
         VAETiling,
+        VAEUpcastCopy,
         ModelOffload,
         GroupOffload,
         SequentialOffload,

@@ -67,3 +67,11 @@ class SharedGuidance(Options):
 
     action = "enable_shared_guidance"
     slot = "guidance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEUpcastCopy(Options):
+    """Keep a float32 copy of the VAE's weights, for pipelines that decode in float32."""
+
+    action = "enable_vae_upcast_copy"
+    slot = "vae_upcast"
