@@ -7,7 +7,20 @@ from typing import Any
 from ..planning import options as opt
 from ..planning.options import Options
 from ..planning.plan import Plan
-from . import attention, compiling, graphs, layout, offload, precision, projections, scheduler, tf32, tracing, vae
+from . import (
+    attention,
+    compiling,
+    fused_kernels,
+    graphs,
+    layout,
+    offload,
+    precision,
+    projections,
+    scheduler,
+    tf32,
+    tracing,
+    vae,
+)
 from .ledger import Apply, close_ledger, open_ledger
 from .undo import Journal
 
@@ -23,6 +36,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.HalfPrecision: precision.apply,
     opt.VAESlicing: vae.apply_slicing,
     opt.VAETiling: vae.apply_tiling,
+    opt.FusedKernels: fused_kernels.apply,
     opt.ModelOffload: offload.apply_model,
     opt.SequentialOffload: offload.apply_sequential,
     opt.GroupOffload: offload.apply_group,

@@ -30,6 +30,7 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "layout": ("offload", "trace"),
     "projections": ("offload", "trace"),
     "attention": ("trace",),
+    "kernels": ("offload", "compile_unet", "compile_transformer", "compile_vae", "trace", "graphs"),
     "offload": ("trace",),
     "compile_unet": ("graphs",),
     "compile_transformer": ("graphs",),

@@ -27,6 +27,7 @@ SLOT_ORDER: dict[str, str] = {
     "tf32": "a setting of the call, independent of the modules",
     "vae_slicing": "before tiling, which then works on single pictures",
     "vae_tiling": "before offload and compile, which see the decoder that really runs",
+    "kernels": "before offload, compile, trace and graphs, which wrap or record the forwards that it replaces",
     "offload": "after all that touches weights: its hooks move what is then final",
     "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",

@@ -16,7 +16,7 @@ from .attention import SDPA_BACKENDS, FusedQKV, NaiveAttention, SDPAAttention, S
 from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, TraceUNet
 from .memory import OFFLOAD_TYPES, GroupOffload, ModelOffload, SequentialOffload, VAESlicing, VAETiling
 from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
-from .speed import SYNC_FREE_SCHEDULERS, CUDAGraphs, SyncFreeLoop
+from .speed import SYNC_FREE_SCHEDULERS, CUDAGraphs, FusedKernels, SyncFreeLoop
 
 __all__ = [
     "ACTIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "CompileTransformer",
     "CompileUNet",
     "CompileVAE",
+    "FusedKernels",
     "FusedQKV",
     "GroupOffload",
     "HalfPrecision",
@@ -62,6 +63,7 @@ ACTIONS: dict[str, type[Options]] = {
         TF32,
         VAESlicing,
         VAETiling,
+        FusedKernels,
         ModelOffload,
         GroupOffload,
         SequentialOffload,
