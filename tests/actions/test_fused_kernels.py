@@ -17,9 +17,11 @@ from peft import LoraConfig
 from torch import nn
 
 from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.kernels import KERNELS, base
 from diffusers_turbo.parity import distance
 from tests import tiny
+from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
 
 
@@ -163,6 +165,25 @@ def test_a_compiled_unet_is_compiled_anew_with_the_kernels_on_and_off(pipe, kern
     assert pipe.unet._compiled_call_impl is not None
     pipe.turbo_undo()
     assert pipe.unet._compiled_call_impl is None
+
+
+def test_graphs_are_recorded_anew_with_the_kernels_on_and_off(pipe, kernel_calls, monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    turbo(pipe).enable_channels_last()
+    stock = tiny.picture(pipe, steps=3)
+    pipe.enable_cuda_graphs()
+    for _ in range(2):
+        assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    pipe.enable_fused_kernels()
+    assert "UNet2DConditionModel: 0 captured" in told(pipe)
+    for _ in range(2):
+        assert distance(tiny.picture(pipe, steps=3), stock).psnr_db >= 90
+    assert "UNet2DConditionModel: 1 captured, 1 kept, 5 replays" in told(pipe)
+    assert kernel_calls["geglu"] == 2 * 4  # one eager step, and the recorded one
+    pipe.disable_fused_kernels()
+    for _ in range(2):
+        assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    pipe.turbo_undo()
 
 
 def test_forwards_of_others_stay_and_are_counted(pipe, kernel_calls):

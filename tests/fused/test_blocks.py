@@ -150,7 +150,11 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "no affine": (CROSS | {"norm_elementwise_affine": False}, {}, 2),
     "gelu": (CROSS | {"activation_fn": "gelu"}, {}, 2),
     "mask": (CROSS, {"encoder_attention_mask": torch.tensor([[[0.0, -1e4, 0.0, 0.0, -1e4]]]).repeat(2, 1, 1)}, 2),
-    "self-attention's mask": (CROSS, {"attention_mask": torch.tensor([[[0.0, 0.0, -1e4, 0.0, 0.0, 0.0]]]).repeat(2, 1, 1)}, 2),
+    "self-attention's mask": (
+        CROSS,
+        {"attention_mask": torch.tensor([[[0.0, 0.0, -1e4, 0.0, 0.0, 0.0]]]).repeat(2, 1, 1)},
+        2,
+    ),
     "gated, not asked for": (CROSS | {"attention_type": "gated"}, {}, 2),
     # the host's own forward
     "gated": (
@@ -178,7 +182,7 @@ def transformer_input() -> dict[str, Any]:
     return {"hidden_states": torch.randn(2, 6, 16), "encoder_hidden_states": torch.randn(2, 5, 12)}
 
 
-@pytest.mark.parametrize("options, given, kernels", TRANSFORMERS.values(), ids=TRANSFORMERS)
+@pytest.mark.parametrize(("options", "given", "kernels"), TRANSFORMERS.values(), ids=TRANSFORMERS)
 @torch.no_grad()
 def test_transformer_blocks_are_the_hosts(options, given, kernels, kernel_calls):
     host = transformer(**options)

@@ -24,7 +24,9 @@ def changed_affine(model: Any) -> Any:
 
 
 def text_unet(**changes: Any) -> Any:
-    return tiny.unet(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **changes)
+    return tiny.unet(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **changes
+    )
 
 
 def image_unet() -> Any:
