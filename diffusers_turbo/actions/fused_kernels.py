@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import NotSupportedError, explain_failure
 from ..fused.blocks import FusedResnetBlock, FusedTransformerBlock, resnet_reasons, transformer_reasons
 from ..fused.layers import (
+    STAND_IN,
     FusedForward,
     FusedGEGLU,
     FusedGroupNorm,
@@ -91,6 +92,7 @@ def apply(pipe: Any, options: FusedKernels) -> Journal:
                         left["something else replaced its forward"] += all(stand_in(x) is None for x, _ in group)
                         continue
                     for target, forward in group:
+                        journal.set_attribute(target, STAND_IN, forward)
                         journal.set_attribute(target, "forward", forward)
                         kinds[type(target).__name__] += 1
                         layers += [forward] if isinstance(forward, FusedForward) else []

@@ -16,6 +16,12 @@ from torch.nn import functional as F
 from ..kernels.base import Place
 from ..kernels.registry import KERNELS
 
+STAND_IN = "_turbo_stand_in"
+"""Where a module keeps what stands in for its forward, beside the forward itself, which hooks may wrap."""
+
+HOOKS = ("_hf_hook", "_diffusers_hook")
+"""What accelerate's and diffusers' hooks set on a module whose forward they wrap."""
+
 
 @dataclass(eq=False)
 class FusedForward:
@@ -126,15 +132,11 @@ class FusedGEGLU(FusedForward):
 
 
 def stand_in(module: nn.Module) -> Any:
-    """Return the object of this room that `module` calls as its forward, below any hooks; None without one.
-
-    Hooks of accelerate and diffusers copy the attributes of the forward they wrap, `module` among them, and keep the
-    wrapped one as `__wrapped__`.
-    """
-    forward: Any = module.forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return forward if isinstance(forward, (FusedForward, SiLUDone)) else None
+    """Return what stands in for the forward of `module`, under offload hooks too; None without one, or no longer."""
+    own = vars(module)
+    ours = own.get(STAND_IN)
+    # hooks call the forward they found, and not every version of them tells which that is
+    return ours if own.get("forward") is ours or any(name in own for name in HOOKS) else None
 
 
 def channels_last(x: Tensor) -> bool:
