@@ -144,6 +144,26 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         """Switch `enable_channels_last` off: every weight gets its own strides back."""
         self._disable("enable_channels_last")
 
+    def enable_fused_kernels(self, group_norm: bool = True, geglu: bool = True, add_layer_norm: bool = True) -> None:
+        """Exact: what eager PyTorch does in several passes over memory, in one Triton kernel each, without a compiler.
+
+        A call that a kernel cannot take (a recorded gradient, the CPU) runs in plain PyTorch; the report says how many
+        layers and why.
+
+        Args:
+            group_norm: GroupNorm with SiLU and a resnet's time embedding; needs `enable_channels_last()`.
+            geglu: the feed-forward's `value * gelu(gate)`.
+            add_layer_norm: a transformer block's residual and the norm of the sum.
+
+        Raises:
+            NotSupportedError: no kernel runs in this process (no CUDA, no Triton), or no layer is of a kind they fit.
+        """
+        self._enable(opt.FusedKernels(group_norm=group_norm, geglu=geglu, add_layer_norm=add_layer_norm))
+
+    def disable_fused_kernels(self) -> None:
+        """Switch `enable_fused_kernels` off: every layer has its own forward again."""
+        self._disable("enable_fused_kernels")
+
     def enable_tf32(self) -> None:
         """Lossy: float32 products in TF32 (10 mantissa bits), in force during this pipeline's calls only."""
         self._enable(opt.TF32())

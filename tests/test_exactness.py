@@ -44,6 +44,7 @@ ON_GPU_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "sequential_offload": ("enable_sequential_cpu_offload", {}),
     "stream_offload": ("enable_group_offload", {"offload_type": "leaf_level", "use_stream": True}),
     "compiled_vae": ("compile_vae", {}),
+    "fused_kernels": ("enable_fused_kernels", {}),
 }
 
 
@@ -119,6 +120,8 @@ def stock_half(embeddings, reference) -> Distance:
 def test_fp16_on_the_gpu(switch, embeddings, reference, stock_half):
     method, arguments = ({**EXACT_SWITCHES, **ON_GPU_ONLY} | {"naive": ("enable_naive_attention", {})})[switch]
     pipe = load(torch.float16, "cuda")
+    if switch == "fused_kernels":
+        pipe.enable_channels_last()  # else few of them run
     getattr(pipe, method)(**arguments)
     ours = apart(pipe, embeddings, reference)
     assert judge(ours, stock_half, half=True).reasons == ()

@@ -61,9 +61,10 @@ MAY_IMPORT = {
     "planning": {"errors", "facts"},
     "attention": {"errors"},
     "kernels": {"errors"},
+    "fused": {"kernels"},
     "graphs": {"errors"},
     "schedulers": set(),
-    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "mixin"},
+    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "kernels", "fused", "mixin"},
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs
     "verification": {"errors", "facts", "planning", "actions", "copying", "parity", "entry"},

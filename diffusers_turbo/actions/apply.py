@@ -10,6 +10,7 @@ from ..planning.plan import Plan
 from . import (
     attention,
     compiling,
+    fused_kernels,
     graphs,
     guidance,
     layout,
@@ -41,6 +42,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.VAESlicing: vae.apply_slicing,
     opt.VAETiling: vae.apply_tiling,
     opt.VAEUpcastCopy: vae_upcast.apply,
+    opt.FusedKernels: fused_kernels.apply,
     opt.ModelOffload: offload.apply_model,
     opt.SequentialOffload: offload.apply_sequential,
     opt.GroupOffload: offload.apply_group,

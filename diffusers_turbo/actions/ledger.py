@@ -32,6 +32,7 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "layout": ("offload", "trace"),
     "projections": ("offload", "trace"),
     "attention": ("trace",),
+    "kernels": ("offload", "compile_unet", "compile_transformer", "compile_vae", "trace", *_OVER_A_CALL),
     "offload": ("trace",),
     "pointwise": ("offload", "trace"),
     "compile_unet": _OVER_A_CALL,

@@ -107,7 +107,20 @@ def add_layer_norm_reasons(
     launch: AddLayerNormLaunch | None = None,
 ) -> list[str]:
     """Why `add_layer_norm` cannot take these arguments; empty when it can."""
-    reasons = device_reasons(LIMITS, x.device, x.dtype) + grad_reasons(LIMITS, x, residual, weight, bias)
+    return device_reasons(LIMITS, x.device, x.dtype) + add_layer_norm_misfits(x, residual, weight, bias, eps)
+
+
+def add_layer_norm_misfits(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    launch: AddLayerNormLaunch | None = None,
+) -> list[str]:
+    """`add_layer_norm_reasons` but for the device."""
+    reasons = grad_reasons(LIMITS, x, residual, weight, bias)
     reasons += vector_reasons(LIMITS, x, tuple(x.shape), residual=residual)
     if residual.dtype != x.dtype:
         reasons.append(f"x is {x.dtype} and residual {residual.dtype}")
@@ -123,6 +136,7 @@ def add_layer_norm_reasons(
 KERNEL = Kernel(
     run=add_layer_norm,
     plain=add_layer_norm_plain,
+    misfits=add_layer_norm_misfits,
     reasons=add_layer_norm_reasons,
     limits=LIMITS,
     tolerance=TOLERANCE,

@@ -25,6 +25,9 @@ T = TypeVar("T")
 SM = tuple[int, int]
 """Compute capability of an NVIDIA GPU, such as (8, 6)."""
 
+Place = tuple[str, torch.dtype]
+"""A type of device and a dtype, such as ("cuda", torch.float16)."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_SOURCE = "https://triton-lang.org/main/getting-started/installation.html"
 
@@ -68,16 +71,33 @@ class Kernel:
 
     Attributes:
         run, plain: the kernel and PyTorch's own way; both take the same arguments, `run` also `launch`.
-        reasons: takes the arguments of `run` and says why it would refuse them.
+        misfits: takes the arguments of `run` and says what of the tensors themselves does not suit it. Asks no device,
+            so that torch.compile can trace it.
+        reasons: `misfits`, and why the kernel cannot run on the device of the tensors.
         limits: what it accepts, as data.
         tolerance: largest difference from the fp64 result over that result's largest magnitude, by dtype.
     """
 
     run: Callable[..., Any]
     plain: Callable[..., Any]
+    misfits: Callable[..., list[str]]
     reasons: Callable[..., list[str]]
     limits: KernelLimits
     tolerance: Mapping[torch.dtype, float]
+
+    def places(self) -> frozenset[Place]:
+        """Where it can run in this process; empty when it cannot at all, for the reasons `unavailable()` gives.
+
+        With several GPUs it is what the oldest of them takes, since a pipeline may be moved between them.
+        """
+        if unavailable():
+            return frozenset()
+        if interpreting():
+            return frozenset(("cpu", dtype) for dtype in self.limits.dtypes)
+        oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        return frozenset(
+            ("cuda", dtype) for dtype in self.limits.dtypes if not dtype_reasons(self.limits, dtype, oldest)
+        )
 
 
 @cache

@@ -72,7 +72,12 @@ def geglu_plain(x: Tensor) -> Tensor:
 
 def geglu_reasons(x: Tensor, *, launch: GegluLaunch | None = None) -> list[str]:
     """Why `geglu` cannot take these arguments; empty when it can."""
-    reasons = device_reasons(LIMITS, x.device, x.dtype) + grad_reasons(LIMITS, x)
+    return device_reasons(LIMITS, x.device, x.dtype) + geglu_misfits(x)
+
+
+def geglu_misfits(x: Tensor, *, launch: GegluLaunch | None = None) -> list[str]:
+    """`geglu_reasons` but for the device."""
+    reasons = grad_reasons(LIMITS, x)
     if x.ndim == 0 or x.shape[-1] % 2:
         reasons.append(f"geglu halves the last dimension, the shape is {list(x.shape)}")
     if not x.is_contiguous():
@@ -83,6 +88,7 @@ def geglu_reasons(x: Tensor, *, launch: GegluLaunch | None = None) -> list[str]:
 KERNEL = Kernel(
     run=geglu,
     plain=geglu_plain,
+    misfits=geglu_misfits,
     reasons=geglu_reasons,
     limits=LIMITS,
     tolerance=TOLERANCE,

@@ -156,7 +156,23 @@ def group_norm_reasons(
     launch: GroupNormLaunch | None = None,
 ) -> list[str]:
     """Why `group_norm` cannot take these arguments; empty when it can."""
-    reasons = device_reasons(LIMITS, x.device, x.dtype) + grad_reasons(LIMITS, x, weight, bias, add)
+    misfits = group_norm_misfits(x, num_groups, weight, bias, eps, add=add)
+    return device_reasons(LIMITS, x.device, x.dtype) + misfits
+
+
+def group_norm_misfits(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = False,
+    add: Tensor | None = None,
+    launch: GroupNormLaunch | None = None,
+) -> list[str]:
+    """`group_norm_reasons` but for the device."""
+    reasons = grad_reasons(LIMITS, x, weight, bias, add)
     if x.ndim < 2:
         return [*reasons, f"group_norm takes [B, C, ..], the shape is {list(x.shape)}"]
     batch, channels = x.shape[:2]
@@ -171,6 +187,7 @@ def group_norm_reasons(
 KERNEL = Kernel(
     run=group_norm,
     plain=group_norm_plain,
+    misfits=group_norm_misfits,
     reasons=group_norm_reasons,
     limits=LIMITS,
     tolerance=TOLERANCE,

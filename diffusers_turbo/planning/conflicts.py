@@ -33,6 +33,7 @@ SLOT_ORDER: dict[str, str] = {
     "vae_slicing": "before tiling, which then works on single pictures",
     "vae_tiling": "before offload and compile, which see the decoder that really runs",
     "vae_upcast": "a matter of the call: it exchanges weights while the pipeline decodes",
+    "kernels": "before offload, compile, trace and graphs, which wrap or record the forwards that it replaces",
     "offload": "after all that touches weights: its hooks move what is then final",
     "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",

@@ -16,6 +16,7 @@ from ..errors import NotSupportedError, explain_failure
 from .algebra import judge_algebra
 from .conflicts import in_order
 from .fitting import Estimated, Rung, judge_memory, make_ladder
+from .kernels import judge_kernels
 from .loop import judge_loop
 from .memory import MemoryEstimate, estimate_memory, holds_scores
 from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
@@ -158,7 +159,8 @@ def _draft(situation: Situation, rung: Rung) -> _Draft:
     compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")
     layout = judge_layout(situation, dtype, compiled)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
-    verdicts += [judge_loop(situation), judge_trace(situation), judge_graphs(situation)]
+    verdicts += [judge_kernels(situation, compiled=compiled), judge_loop(situation)]
+    verdicts += [judge_trace(situation), judge_graphs(situation)]
     verdicts += judge_algebra(situation)
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])

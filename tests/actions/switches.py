@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffusers_turbo.fused.layers import FusedGroupNorm, stand_in
 from diffusers_turbo.schedulers.loop import LoopMethod
 
 Pipe = Any
@@ -118,6 +119,12 @@ SWITCHES = [
         "vae_tiling",
         {"tile_size": 32},
         exact=False,
+    ),
+    Switch(
+        "enable_fused_kernels",
+        "disable_fused_kernels",
+        lambda pipe: isinstance(stand_in(pipe.unet.mid_block.resnets[0].norm1), FusedGroupNorm),
+        "kernels",
     ),
     Switch("enable_model_cpu_offload", "disable_offload", _offloaded_hooks, "offload", {"device": "cpu"}),
     Switch("enable_group_offload", "disable_offload", _offloaded_hooks, "offload", {"onload_device": "cpu"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,18 @@ def test_builtin_case(case):
 def test_the_builtin_cases_throw_every_switch():
     thrown = {switch.action for case in builtin_cases().values() for switch in case.switches}
     assert thrown == set(ACTIONS)
+
+
+def test_the_cases_that_tell_the_fused_kernels_apart():
+    cases = read_cases(Path(__file__).parents[2] / "docs" / "benchmarks" / "fused-kernels.toml")
+    alone = [case.switches[1].make_options().as_dict() for case in cases.values() if len(case.switches) == 3]
+    assert sorted(tuple(options.values()) for options in alone) == [
+        (False, False, True),
+        (False, True, False),
+        (True, False, False),
+        (True, True, True),
+    ]
+    assert all(case.switches[-1].action == "enable_cuda_graphs" for case in cases.values())
 
 
 def test_stock_is_the_untouched_pipeline():

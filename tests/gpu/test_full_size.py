@@ -37,6 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "bfloat16": ("enable_half_precision", {"dtype": "bfloat16"}, None),
     "vae_slicing": ("enable_vae_slicing", {}, 40),
     "vae_tiling": ("enable_vae_tiling", {"tile_size": 256}, None),
+    "fused_kernels": ("enable_fused_kernels", {}, 40),
     "sync_free_loop": ("enable_sync_free_loop", {}, 40),
     "model_offload": ("enable_model_cpu_offload", {}, 40),
     "group_offload": ("enable_group_offload", {"num_blocks_per_group": 1}, 40),

@@ -66,8 +66,9 @@ except Exception as error:
 @every_kernel
 def test_a_kernel_and_its_plain_equal_take_the_same_arguments(name):
     kernel = KERNELS[name]
-    run, plain, reasons = (inspect.signature(x).parameters for x in (kernel.run, kernel.plain, kernel.reasons))
-    assert [*plain, "launch"] == list(run) == list(reasons)
+    functions = (kernel.run, kernel.plain, kernel.reasons, kernel.misfits)
+    run, plain, reasons, misfits = (inspect.signature(x).parameters for x in functions)
+    assert [*plain, "launch"] == list(run) == list(reasons) == list(misfits)
     assert {k: v.default for k, v in plain.items()} == {k: v.default for k, v in run.items() if k != "launch"}
 
 

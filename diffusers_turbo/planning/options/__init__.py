@@ -19,6 +19,7 @@ from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
 from .speed import (
     SYNC_FREE_SCHEDULERS,
     CUDAGraphs,
+    FusedKernels,
     PointwiseMatmul,
     PromptProjections,
     SharedGuidance,
@@ -40,6 +41,7 @@ __all__ = [
     "CompileTransformer",
     "CompileUNet",
     "CompileVAE",
+    "FusedKernels",
     "FusedQKV",
     "GroupOffload",
     "HalfPrecision",
@@ -78,6 +80,7 @@ ACTIONS: dict[str, type[Options]] = {
         VAESlicing,
         VAETiling,
         VAEUpcastCopy,
+        FusedKernels,
         ModelOffload,
         GroupOffload,
         SequentialOffload,

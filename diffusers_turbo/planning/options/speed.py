@@ -15,6 +15,23 @@ SYNC_FREE_SCHEDULERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedKernels(Options):
+    """Run GroupNorm with SiLU, GEGLU and residual add with LayerNorm as one Triton kernel each."""
+
+    action = "enable_fused_kernels"
+    slot = "kernels"
+
+    group_norm: bool = True
+    geglu: bool = True
+    add_layer_norm: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_flags("group_norm", "geglu", "add_layer_norm")
+        if not (self.group_norm or self.geglu or self.add_layer_norm):
+            raise self._refuse("group_norm", "at least one of the kernels", "leave one of them on")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SyncFreeLoop(Options):
     """Step the scheduler with timesteps from host memory, so that the host never waits for the GPU in the loop."""
 

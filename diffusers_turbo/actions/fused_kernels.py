@@ -1,0 +1,161 @@
+"""Fused Triton kernels in a pipeline: each layer they fit gets a forward that calls one, on the layer itself.
+
+Class, parameters, state-dict keys, adapters and saving stay. What a kernel cannot take at a call (another layout, a
+recorded gradient, another device) runs in plain PyTorch there, and the report says how many layers and why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import NotSupportedError, explain_failure
+from ..fused.blocks import FusedResnetBlock, FusedTransformerBlock, resnet_reasons, transformer_reasons
+from ..fused.layers import (
+    STAND_IN,
+    FusedForward,
+    FusedGEGLU,
+    FusedGroupNorm,
+    FusedGroupNormSiLU,
+    FusedLayerNorm,
+    SiLUDone,
+    channels_last,
+    stand_in,
+)
+from ..kernels.base import Place, unavailable
+from ..kernels.registry import KERNELS
+from ..planning.options import FusedKernels
+from .components import modules_of, require_plain_weights
+from .undo import Journal, journaling
+
+TAIL = ("conv_norm_out", "conv_act")
+"""What UNets and the halves of a VAE call their last norm and the activation that they apply to it next."""
+
+Replaced = tuple[nn.Module, Any]
+"""A module and what stands in for its forward."""
+
+
+@dataclass
+class FusedLayers:
+    """All stand-ins of one pipeline; changes nothing itself and says how they fared."""
+
+    layers: list[FusedForward]
+    roots: dict[str, nn.Module]
+
+    def revert(self) -> None:
+        """Nothing to put back."""
+
+    def tell(self) -> list[str]:
+        """Say of each kernel how many layers ran on it at their last call, and why the others did not."""
+        told = []
+        for kernel in KERNELS:
+            layers = [layer for layer in self.layers if layer.kernel == kernel]
+            if layers:
+                fused = sum(layer.refused == () for layer in layers)
+                idle = sum(layer.refused is None for layer in layers)
+                waiting = f", {idle} not called yet" if idle else ""
+                told.append(f"{kernel}: {fused} of {len(layers)} layers ran the kernel at their last call{waiting}")
+                told += _refusals(layers)
+        norms = {layer.label.split(".")[0] for layer in self.layers if layer.kernel == "group_norm"}
+        for name in sorted(norms):
+            if not _lies_channels_last(self.roots[name]):
+                told.append(f"{name} is not channels-last, without which few layers fit: enable_channels_last() first")
+        return told
+
+
+def apply(pipe: Any, options: FusedKernels) -> Journal:
+    """Exact: GroupNorm with SiLU, GEGLU and residual add with LayerNorm in one kernel each.
+
+    Raises:
+        NotSupportedError: no kernel runs in this process, or no layer of the pipeline is of a kind they fit.
+    """
+    tried = f"{options.action}()"
+    places = {name: KERNELS[name].places() for name, wanted in options.as_dict().items() if wanted}
+    if not any(places.values()):
+        found = "; ".join(unavailable()) or "a GPU below what Triton needs"
+        needed = "Triton and an NVIDIA GPU of SM 7.0 or newer"
+        raise NotSupportedError(explain_failure(tried, found, needed, "leave this switch off here"))
+    require_plain_weights(pipe, tried)
+    roots = modules_of(pipe)
+    layers: list[FusedForward] = []
+    kinds, left = Counter[str](), Counter[str]()
+    with journaling() as journal:
+        for component, root in roots.items():
+            for name, module in root.named_modules(prefix=component):
+                for group in _stand_ins(module, name, places, left):
+                    if any("forward" in vars(target) for target, _ in group):
+                        # one of this action's own goes first: a norm that its host's tail or block has replaced
+                        left["something else replaced its forward"] += all(stand_in(x) is None for x, _ in group)
+                        continue
+                    for target, forward in group:
+                        journal.set_attribute(target, STAND_IN, forward)
+                        journal.set_attribute(target, "forward", forward)
+                        kinds[type(target).__name__] += 1
+                        layers += [forward] if isinstance(forward, FusedForward) else []
+        reasons = [f"{count} left to diffusers: {reason}" for reason, count in left.items() if count]
+        if not layers:
+            found = "; ".join([f"nothing that fits in {', '.join(roots)}", *reasons])
+            needed = "nn.GroupNorm, GEGLU or plain transformer blocks, as in UNets and their VAEs"
+            raise NotSupportedError(explain_failure(tried, found, needed, "leave this switch off for this pipeline"))
+        journal.note(", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+        for reason in reasons:
+            journal.note(reason)
+        journal.add(FusedLayers(layers, roots))
+    return journal
+
+
+def _stand_ins(
+    module: nn.Module, label: str, places: dict[str, frozenset[Place]], left: Counter[str]
+) -> Iterator[list[Replaced]]:
+    """Give what to replace for the sake of `module`, in groups that go together; count in `left` what does not fit."""
+    from diffusers import UNet2DConditionModel, UNet2DModel
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.autoencoders.vae import Decoder, Encoder
+    from diffusers.models.resnet import ResnetBlock2D
+
+    kind = type(module)
+    if "group_norm" in places:
+        if kind in (UNet2DConditionModel, UNet2DModel, Encoder, Decoder):
+            norm, act = (getattr(module, name, None) for name in TAIL)
+            if type(norm) is nn.GroupNorm and type(act) is nn.SiLU:
+                silu = FusedGroupNormSiLU(norm, f"{label}.{TAIL[0]}", places["group_norm"], conv=module.conv_out)
+                yield [(norm, silu), (act, SiLUDone(act, module, TAIL[0]))]
+        elif kind is nn.GroupNorm:
+            yield [(module, FusedGroupNorm(module, label, places["group_norm"]))]
+        elif kind is ResnetBlock2D:
+            reasons = resnet_reasons(module)
+            left.update(reasons[:1])
+            if not reasons:
+                yield [(module, FusedResnetBlock(module, kind))]
+    if kind is GEGLU and "geglu" in places:
+        yield [(module, FusedGEGLU(module, label, places["geglu"]))]
+    if kind is BasicTransformerBlock and "add_layer_norm" in places:
+        reasons = transformer_reasons(module)
+        left.update(reasons[:1])
+        if not reasons:
+            norms = {name: getattr(module, name) for name in ("norm2", "norm3")}
+            yield [
+                *((n, FusedLayerNorm(n, f"{label}.{name}", places["add_layer_norm"])) for name, n in norms.items()),
+                (module, FusedTransformerBlock(module, kind)),
+            ]
+
+
+def _refusals(layers: list[FusedForward]) -> Iterator[str]:
+    """For each reason, how many layers ran in plain PyTorch for it, and the first of them."""
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for layer in layers:
+        if layer.refused:
+            labels.setdefault(layer.refused, []).append(layer.label)
+    for reasons, names in labels.items():
+        yield f"{len(names)} layers of {layers[0].kernel} ran in plain PyTorch ({names[0]}): {'; '.join(reasons)}"
+
+
+def _lies_channels_last(root: nn.Module) -> bool:
+    """Whether the first convolution that can tell has its weights channels-last."""
+    weights = (module.weight for module in root.modules() if isinstance(module, nn.Conv2d))
+    return all(channels_last(weight) for weight in list(weights)[:1])

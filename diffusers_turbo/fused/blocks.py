@@ -1,0 +1,116 @@
+"""Two of diffusers' blocks in their plain case, which hand a norm what the host adds or applies around it.
+
+Between a resnet's first convolution and its second norm the host adds the time embedding, and between the parts of a
+transformer block the residual, each in a pass over memory of its own. No seam leads there. So the plain case of each
+block has a formula here; whatever is not plain goes to the host's own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in
+
+
+@dataclass(eq=False)
+class FusedBlock:
+    """Stands in for the forward of a block; `kind` is its class, which others may exchange meanwhile (tomesd)."""
+
+    module: Any
+    kind: type
+
+    def norms_are(self, expected: type[FusedForward], *norms: nn.Module) -> bool:
+        """Whether the block is of its own class still and its norms take what is asked of them here."""
+        return type(self.module) is self.kind and all(isinstance(stand_in(norm), expected) for norm in norms)
+
+
+class FusedResnetBlock(FusedBlock):
+    """`ResnetBlock2D`: SiLU and the addition of the time embedding go into the norms."""
+
+    def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on `[B, C, H, W]` and a time embedding `[B, T]`."""
+        block = self.module
+        unusual = args or kwargs or block.training or (temb is not None) != (block.time_emb_proj is not None)
+        if unusual or not self.norms_are(FusedGroupNorm, block.norm1, block.norm2):
+            host_result: Tensor = type(block).forward(block, input_tensor, temb, *args, **kwargs)
+            return host_result
+        input_tensor = stand_in(block.norm1).laid_out(input_tensor, block.conv1)
+        add = None
+        if temb is not None:
+            add = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
+        hidden = block.conv1(block.norm1(input_tensor, silu=True))
+        hidden = block.conv2(block.dropout(block.norm2(hidden, silu=True, add=add)))
+        shortcut = input_tensor if block.conv_shortcut is None else block.conv_shortcut(input_tensor)
+        result: Tensor = shortcut + hidden
+        return result if block.output_scale_factor == 1 else result / block.output_scale_factor
+
+
+class FusedTransformerBlock(FusedBlock):
+    """`BasicTransformerBlock`: each residual is added in the pass that normalises the sum."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the block on `[B, N, D]`; the arguments are the host's."""
+        block, given = self.module, cross_attention_kwargs or {}
+        unusual = block._chunk_size is not None or hidden_states.ndim != 3 or "gligen" in given or "scale" in given
+        if unusual or not self.norms_are(FusedLayerNorm, block.norm2, block.norm3):
+            host_result: Tensor = type(block).forward(
+                block,
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+            return host_result
+        attended = block.attn1(block.norm1(hidden_states), attention_mask=attention_mask, **given)
+        hidden_states, normed = block.norm2(attended, residual=hidden_states)
+        attended = block.attn2(
+            normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **given
+        )
+        hidden_states, normed = block.norm3(attended, residual=hidden_states)
+        result: Tensor = block.ff(normed) + hidden_states
+        return result
+
+
+def resnet_reasons(block: Any) -> list[str]:
+    """Why a `ResnetBlock2D` is not the plain case; empty when it is."""
+    reasons = []
+    if block.upsample is not None or block.downsample is not None:
+        reasons.append("a resnet that samples up or down after its first norm")
+    if block.time_embedding_norm == "scale_shift":
+        reasons.append("a resnet whose time embedding scales as well as shifts")
+    if type(block.nonlinearity) is not nn.SiLU:
+        reasons.append(f"a resnet whose activation is {type(block.nonlinearity).__name__}")
+    if any(type(norm) is not nn.GroupNorm for norm in (block.norm1, block.norm2)):
+        reasons.append("a resnet whose norms are not both nn.GroupNorm")
+    return reasons
+
+
+def transformer_reasons(block: Any) -> list[str]:
+    """Why a `BasicTransformerBlock` is not the plain case; empty when it is."""
+    reasons = []
+    if block.norm_type != "layer_norm":
+        reasons.append(f"a transformer block with norms of kind {block.norm_type}")
+    if block.attn2 is None or block.only_cross_attention:
+        reasons.append("a transformer block without self- and then cross-attention")
+    if block.pos_embed is not None:
+        reasons.append("a transformer block that adds positions to its norms")
+    if any(type(norm) is not nn.LayerNorm for norm in (block.norm2, getattr(block, "norm3", None))):
+        reasons.append("a transformer block whose norms are not nn.LayerNorm")
+    return reasons

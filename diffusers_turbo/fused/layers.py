@@ -1,0 +1,144 @@
+"""Layers whose forward is a fused kernel where it takes the input, and the same formula in plain PyTorch elsewhere.
+
+Called as its host calls it, each means what it always meant. What more a kernel can do (SiLU after a norm, an addition
+before it) is asked for by keywords, which only this package's blocks and tails give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.base import Place
+from ..kernels.registry import KERNELS
+
+STAND_IN = "_turbo_stand_in"
+"""Where a module keeps what stands in for its forward, beside the forward itself, which hooks may wrap."""
+
+HOOKS = ("_hf_hook", "_diffusers_hook")
+"""What accelerate's and diffusers' hooks set on a module whose forward they wrap."""
+
+
+@dataclass(eq=False)
+class FusedForward:
+    """Stands in for the forward of one module.
+
+    Attributes:
+        module: whose forward it is.
+        label: its place in the pipeline, for the report.
+        places: where the kernel can run, as found when this was made.
+        refused: why the last call ran in plain PyTorch; empty when the kernel ran, None before the first call.
+    """
+
+    kernel: ClassVar[str]
+
+    module: Any
+    label: str
+    places: frozenset[Place]
+    refused: tuple[str, ...] | None = None
+
+    def run(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        """Run the kernel, or its plain equal where it cannot take these tensors."""
+        kernel = KERNELS[self.kernel]
+        if (x.device.type, x.dtype) in self.places:
+            refused = kernel.misfits(x, *arguments, **options)
+        else:
+            refused = [f"it does not take {x.dtype} on {x.device.type} here"]
+        self.refused = tuple(refused)
+        return (kernel.plain if refused else kernel.run)(x, *arguments, **options)
+
+
+class FusedGroupNorm(FusedForward):
+    """`nn.GroupNorm`; SiLU and an embedding `[B, C]` to add to the input are the caller's to ask for."""
+
+    kernel = "group_norm"
+
+    def __call__(self, input: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
+        """Normalise `[B, C, ..]`; the argument's name is the host's."""
+        norm = self.module
+        result: Tensor = self.run(input, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, add=add)
+        return result
+
+    def laid_out(self, x: Tensor, conv: Any) -> Tensor:
+        """Give `[B, C, H, W]` the layout of the convolution that comes next, which would have to copy it otherwise.
+
+        Transformers with linear projections (SD2, SDXL) leave their images with the channels outermost.
+        """
+        if (x.device.type, x.dtype) in self.places and channels_last(conv.weight):
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+
+@dataclass(eq=False)
+class FusedGroupNormSiLU(FusedGroupNorm):
+    """A GroupNorm with the SiLU that its host applies next; `SiLUDone` then stands where that was.
+
+    Attributes:
+        conv: what comes after the SiLU.
+    """
+
+    conv: Any = None
+
+    def __call__(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise `[B, C, H, W]` and apply SiLU."""
+        return super().__call__(self.laid_out(input, self.conv), silu=True)
+
+
+@dataclass(eq=False)
+class SiLUDone:
+    """Stands in for the SiLU after a norm that does it, as long as that norm is the host's and does."""
+
+    module: Any
+    host: Any
+    norm: str
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Hand the activations on."""
+        if isinstance(stand_in(getattr(self.host, self.norm)), FusedGroupNormSiLU):
+            return input
+        result: Tensor = type(self.module).forward(self.module, input)
+        return result
+
+
+class FusedLayerNorm(FusedForward):
+    """`nn.LayerNorm`; with a residual, of the sum of the two, which is returned as well."""
+
+    kernel = "add_layer_norm"
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        """Normalise `[.., D]`, or return the sum with `residual` and its norm."""
+        norm = self.module
+        if residual is None:
+            return F.layer_norm(input, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return self.run(input, residual, norm.weight, norm.bias, norm.eps)
+
+
+class FusedGEGLU(FusedForward):
+    """The feed-forward's projection (an adapter's too), then `value * gelu(gate)` in one pass."""
+
+    kernel = "geglu"
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Project `[.., D]` to `[.., 2M]` and halve it to `[.., M]`."""
+        if args or kwargs:
+            result: Tensor = type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+        else:
+            result = self.run(self.module.proj(hidden_states))
+        return result
+
+
+def stand_in(module: nn.Module) -> Any:
+    """Return what stands in for the forward of `module`, under offload hooks too; None without one, or no longer."""
+    own = vars(module)
+    ours = own.get(STAND_IN)
+    # hooks call the forward they found, and not every version of them tells which that is
+    return ours if own.get("forward") is ours or any(name in own for name in HOOKS) else None
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether `[B, C, H, W]` lies in memory with its channels innermost."""
+    return x.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.fused.on_cpu import plain_kernels
+
+
+@pytest.fixture(autouse=True)
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each kernel, or what takes its place on the CPU, was called."""
+    return plain_kernels(monkeypatch)
