@@ -159,8 +159,13 @@ def dtype_reasons(limits: KernelLimits, dtype: torch.dtype, sm: SM | None) -> li
     return []
 
 
-def vector_reasons(limits: KernelLimits, like: Tensor, shape: tuple[int, ...], **vectors: Tensor | None) -> list[str]:
-    """Why `vectors` (weight, bias, ...) do not fit beside the activations `like`: shape, dtype, device, layout."""
+def vector_reasons(
+    limits: KernelLimits, like: Tensor, shape: tuple[int, ...], rows_anywhere: bool = False, **vectors: Tensor | None
+) -> list[str]:
+    """Why `vectors` (weight, bias, ...) do not fit beside the activations `like`: shape, dtype, device, layout.
+
+    With `rows_anywhere`, only what lies in the last dimension has to lie together.
+    """
     reasons = []
     for name, vector in vectors.items():
         if vector is None:
@@ -171,7 +176,8 @@ def vector_reasons(limits: KernelLimits, like: Tensor, shape: tuple[int, ...], *
             reasons.append(f"{name} is {_name(vector.dtype)}, which {limits.kernel} does not take")
         if vector.device != like.device:
             reasons.append(f"{name} is on {vector.device}, the activations are on {like.device}")
-        if not vector.is_contiguous():
+        together = vector[:1] if rows_anywhere else vector
+        if not together.is_contiguous():
             reasons.append(f"{name} is not contiguous")
     return reasons
 

@@ -108,8 +108,8 @@ def group_norm(
         weight, bias: `[C]`, or None.
         eps: added to the variance.
         silu: apply SiLU to the result.
-        add: `[B, C]` added to every position before the norm: a resnet's time embedding. Added in fp32, and the sum is
-            not rounded to its dtype in between.
+        add: `[B, C]` added to every position before the norm: a resnet's time embedding. Its rows may lie anywhere
+            (stripes of a wider tensor, or one row for all). Added in fp32, and the sum is not rounded in between.
         launch: another way or tile than `group_norm_launch` chooses.
 
     Returns:
@@ -181,7 +181,7 @@ def group_norm_misfits(
     if num_groups < 1 or channels % num_groups:
         reasons.append(f"{channels} channels do not divide into {num_groups} groups")
     reasons += vector_reasons(LIMITS, x, (channels,), weight=weight, bias=bias)
-    return reasons + vector_reasons(LIMITS, x, (batch, channels), add=add)
+    return reasons + vector_reasons(LIMITS, x, (batch, channels), rows_anywhere=True, add=add)
 
 
 KERNEL = Kernel(
@@ -245,6 +245,11 @@ class _Norm:
         return self.x.shape[1]
 
     @property
+    def add_row(self) -> int:
+        """Elements between the rows of `add`."""
+        return 0 if self.add is None else self.add.stride(0)
+
+    @property
     def positions(self) -> int:
         return self.x.numel() // (self.batch * self.channels)
 
@@ -259,6 +264,7 @@ def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
         norm.x,
         norm.output,
         *optional(norm.x, norm.weight, norm.bias, norm.add),
+        norm.add_row,
         int(norm.silu),
         norm.positions,
         norm.channels,
@@ -282,6 +288,7 @@ def _run_split(norm: _Norm, cut: GroupNormLaunch) -> None:
         *partial,
         *scale,
         *optional(x, norm.weight, norm.add),
+        norm.add_row,
         positions,
         channels,
         norm.num_groups,

@@ -38,6 +38,7 @@ def single_kernel(
     has_weight: tl.tensor,
     has_bias: tl.tensor,
     has_add: tl.tensor,
+    add_row: tl.tensor,
     silu: tl.tensor,
     positions: tl.tensor,
     channels: tl.tensor,
@@ -65,7 +66,7 @@ def single_kernel(
         column = index % GROUP
         # int64 here too: a narrow group of very many channels can reach past 2^31 within one sample.
         value = tl.load(x + source + (index // GROUP).to(tl.int64) * channels + column, mask=present, other=0)
-        extra = tl.load(add + batch * channels + group * GROUP + column, mask=present & (has_add != 0), other=0)
+        extra = tl.load(add + batch * add_row + group * GROUP + column, mask=present & (has_add != 0), other=0)
         value = value.to(tl.float32) + extra.to(tl.float32)
         turns += 1.0
         delta = tl.where(present, value - mean, 0.0)
@@ -84,7 +85,7 @@ def single_kernel(
         offset = source + (index // GROUP).to(tl.int64) * channels + column
         channel = group * GROUP + column
         value = tl.load(x + offset, mask=present, other=0).to(tl.float32)
-        extra = tl.load(add + batch * channels + channel, mask=present & (has_add != 0), other=0).to(tl.float32)
+        extra = tl.load(add + batch * add_row + channel, mask=present & (has_add != 0), other=0).to(tl.float32)
         gain = tl.load(weight + channel, mask=present & (has_weight != 0), other=1.0).to(tl.float32)
         shift = tl.load(bias + channel, mask=present & (has_bias != 0), other=0).to(tl.float32)
         result = activate((value + extra - centre) * (scale * gain) + shift, silu)
@@ -142,6 +143,7 @@ def finish_kernel(
     add: tl.tensor,
     has_weight: tl.tensor,
     has_add: tl.tensor,
+    add_row: tl.tensor,
     positions: tl.tensor,
     channels: tl.tensor,
     groups: tl.tensor,
@@ -157,7 +159,7 @@ def finish_kernel(
     width = channels // groups
     batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     source = row_start(batch, 0, tiles, channels) + group * width
-    extras = add + batch * channels + group * width
+    extras = add + batch * add_row + group * width
     slots = tiles * width
     # As a float: a group may have more than 2^31 elements.
     size = positions.to(tl.float32) * width

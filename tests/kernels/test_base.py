@@ -115,6 +115,8 @@ def test_group_norm_refuses(make, text, runs_here):
 
 def test_an_embedding_must_fit(runs_here):
     assert group_norm_reasons(image(2, 4, 3, 3), 2, add=torch.ones(4)) == ["add must be [2, 4], it is [4]"]
+    assert group_norm_reasons(image(2, 4, 3, 3), 2, add=torch.ones(2, 8)[:, ::2]) == ["add is not contiguous"]
+    assert group_norm_reasons(image(2, 4, 3, 3), 2, add=torch.ones(2, 9)[:, 3:7]) == []
 
 
 def test_weights_must_be_where_the_activations_are(runs_here):

@@ -47,6 +47,14 @@ def test_with_and_without_silu_and_embedding(silu, embedded, dtype, launch, devi
 
 
 @both_ways
+@pytest.mark.parametrize("rows", ["stripes", "one for all"])
+def test_an_embeddings_rows_may_lie_anywhere(rows, launch, device):
+    x, wide = image(3, 20, 5, 4, device=device), randn(3, 90, device=device, seed=9) * 3
+    add = wide[:, 33:53] if rows == "stripes" else wide[:1, 33:53].expand(3, -1)
+    check("group_norm", x, 2, silu=True, add=add, launch=launch)
+
+
+@both_ways
 @every_dtype
 def test_a_mean_far_larger_than_the_deviation(dtype, launch, device):
     """E[x^2] - E[x]^2 has no correct digit left here: see the test below."""
