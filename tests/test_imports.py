@@ -63,8 +63,9 @@ MAY_IMPORT = {
     "attention": {"errors"},
     "kernels": {"errors"},
     "graphs": {"errors"},
+    "compilation": {"errors", "trusted"},
     "schedulers": set(),
-    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "mixin"},
+    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "compilation", "mixin", "trusted"},
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs
     "verification": {"errors", "facts", "planning", "actions", "copying", "parity", "entry"},

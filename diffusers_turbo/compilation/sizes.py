@@ -1,0 +1,67 @@
+"""Code of its own for the first size, one code for all others: which axes of a call's tensors may change.
+
+Left to itself (`dynamic=None`), Dynamo makes an axis dynamic once it has seen it change, so pictures that first become
+wider and then higher are compiled three times. Height and width are one thing here: when either changes, both may.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_MARKS = "_has_dynamo_dim_marking"
+
+
+def axis_kinds(rank: int) -> tuple[str | None, ...]:
+    """Say what each axis of a tensor of diffusion models counts; None for channels, which belong to the weights.
+
+    >>> axis_kinds(4), axis_kinds(3)
+    (('batch', None, 'size', 'size'), ('batch', 'length', None))
+    """
+    if rank >= 4:  # [B, C, H, W], [B, C, F, H, W]
+        return ("batch", None, *("size",) * (rank - 2))
+    return ((), ("batch",), ("batch", None), ("batch", "length", None))[rank]  # [B], [B, C], [B, N, C]
+
+
+class MovingAxes:
+    """The kinds of axes of one module's calls that were seen with another extent than in its first call."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.moving: frozenset[str] = frozenset()
+        self._first: dict[tuple[int, int], torch.Size] = {}
+
+    def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with every tensor marked for Dynamo: static axes, and those that may change.
+
+        The marks are on views of ours: the caller's tensors stay as they are. Each call is marked, since Dynamo's
+        guards look at marks too.
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [place for place, leaf in enumerate(leaves) if type(leaf) is Tensor]
+        for place in tensors:
+            self._see(place, leaves[place].shape)
+        for place in tensors:
+            # what the caller marked already is the caller's decision
+            if not hasattr(leaves[place], _MARKS) and leaves[place].dim():
+                leaves[place] = self._mark(leaves[place])
+        marked: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
+        return marked
+
+    def _see(self, place: int, shape: torch.Size) -> None:
+        first = self._first.setdefault((place, len(shape)), shape)
+        if first != shape:
+            kinds = zip(axis_kinds(len(shape)), first, shape, strict=True)
+            self.moving |= {kind for kind, before, now in kinds if kind is not None and before != now}
+
+    def _mark(self, tensor: Tensor) -> Tensor:
+        view = tensor.view_as(tensor)
+        for axis, kind in enumerate(axis_kinds(tensor.dim())):
+            if kind in self.moving:
+                torch._dynamo.maybe_mark_dynamic(view, axis)  # type: ignore[no-untyped-call, unused-ignore]
+            else:
+                torch._dynamo.mark_static(view, axis)  # type: ignore[no-untyped-call, unused-ignore]
+        return view
