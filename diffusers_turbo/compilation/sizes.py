@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-_MARKS = "_has_dynamo_dim_marking"
-
 
 def axis_kinds(rank: int) -> tuple[str | None, ...]:
     """Say what each axis of a tensor of diffusion models counts; None for channels, which belong to the weights.
@@ -37,17 +35,15 @@ class MovingAxes:
     def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with every tensor marked for Dynamo: static axes, and those that may change.
 
-        The marks are on views of ours: the caller's tensors stay as they are. Each call is marked, since Dynamo's
-        guards look at marks too.
+        The marks are on aliases: the caller's tensors stay as they are. Each call is marked, since Dynamo's guards look
+        at marks too.
         """
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [place for place, leaf in enumerate(leaves) if type(leaf) is Tensor]
         for place in tensors:
             self._see(place, leaves[place].shape)
         for place in tensors:
-            # what the caller marked already is the caller's decision
-            if not hasattr(leaves[place], _MARKS) and leaves[place].dim():
-                leaves[place] = self._mark(leaves[place])
+            leaves[place] = self._mark(leaves[place])
         marked: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
         return marked
 
@@ -58,10 +54,14 @@ class MovingAxes:
             self.moving |= {kind for kind, before, now in kinds if kind is not None and before != now}
 
     def _mark(self, tensor: Tensor) -> Tensor:
-        view = tensor.view_as(tensor)
+        # what the caller marked is the caller's decision; one that learns would lose its history
+        if tensor.requires_grad or not tensor.dim() or any(name.startswith("_dynamo") for name in vars(tensor)):
+            return tensor
+        # not a view: of a view Dynamo looks at the base as well, which carries no marks
+        alias = tensor.detach()
         for axis, kind in enumerate(axis_kinds(tensor.dim())):
             if kind in self.moving:
-                torch._dynamo.maybe_mark_dynamic(view, axis)  # type: ignore[no-untyped-call, unused-ignore]
+                torch._dynamo.maybe_mark_dynamic(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
             else:
-                torch._dynamo.mark_static(view, axis)  # type: ignore[no-untyped-call, unused-ignore]
-        return view
+                torch._dynamo.mark_static(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
+        return alias
