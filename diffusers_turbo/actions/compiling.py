@@ -81,6 +81,7 @@ def apply(pipe: Any, options: CompileOptions) -> Journal:
     tried = f"{options.action}()"
     root = component(pipe, _component_name(options), tried)
     _refuse_old_cards(root, options, tried)
+    _refuse_before_the_first_lora(root, tried)
     arguments = {
         "mode": options.mode,
         "fullgraph": options.fullgraph,
@@ -142,3 +143,11 @@ def _refuse_old_cards(root: nn.Module, options: CompileOptions, tried: str) -> N
     if sm < LOWEST_SM:
         found, needed = f"a card of SM {sm[0]}.{sm[1]}", f"SM {LOWEST_SM[0]}.{LOWEST_SM[1]} or newer for Triton"
         raise NotSupportedError(explain_failure(tried, found, needed, "use enable_sdpa() and enable_channels_last()"))
+
+
+def _refuse_before_the_first_lora(root: nn.Module, tried: str) -> None:
+    """Say now what diffusers would say when the first LoRA is loaded: hotswap is prepared on an eager module."""
+    prepared = getattr(root, "_prepare_lora_hotswap_kwargs", None)
+    if prepared and prepared.get("check_compiled", "error") == "error":
+        found, needed = "hotswap prepared and no LoRA loaded yet", "the first LoRA, which is prepared when it is loaded"
+        raise NotSupportedError(explain_failure(tried, found, needed, "call load_lora_weights() first, then compile"))

@@ -1,4 +1,4 @@
-"""Compiled code goes to disk after the calls that made it and comes back before the first, or is refused and said so."""
+"""Compiled code goes to disk after the calls that made it, and comes back before the first; spoilt files are refused."""
 
 from __future__ import annotations
 
