@@ -1,4 +1,4 @@
-"""Compiled code goes to disk after the calls that made it, and comes back before the first; spoilt files are refused."""
+"""Compiled code goes to disk after the calls that made it and comes back before the first; spoilt files are not read."""
 
 from __future__ import annotations
 
