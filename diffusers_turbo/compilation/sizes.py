@@ -39,29 +39,32 @@ class MovingAxes:
         at marks too.
         """
         leaves, structure = tree_flatten((args, kwargs))
-        tensors = [place for place, leaf in enumerate(leaves) if type(leaf) is Tensor]
-        for place in tensors:
-            self._see(place, leaves[place].shape)
-        for place in tensors:
-            leaves[place] = self._mark(leaves[place])
+        shapes = {place: leaf.shape for place, leaf in enumerate(leaves) if type(leaf) is Tensor}
+        moving = self._moving_in(shapes)
+        for place in shapes:
+            leaves[place] = _mark(leaves[place], moving)
         marked: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
         return marked
 
-    def _see(self, place: int, shape: torch.Size) -> None:
-        first = self._first.setdefault((place, len(shape)), shape)
-        if first != shape:
-            kinds = zip(axis_kinds(len(shape)), first, shape, strict=True)
-            self.moving |= {kind for kind, before, now in kinds if kind is not None and before != now}
+    def _moving_in(self, shapes: dict[int, torch.Size]) -> frozenset[str]:
+        """Return the kinds of axes to mark in a call of these shapes; none in one that is like the first."""
+        first = [self._first.setdefault((place, len(shape)), shape) for place, shape in shapes.items()]
+        changed = [pair for pair in zip(first, shapes.values(), strict=True) if pair[0] != pair[1]]
+        for before, now in changed:
+            kinds = zip(axis_kinds(len(now)), before, now, strict=True)
+            self.moving |= {kind for kind, old, new in kinds if kind is not None and old != new}
+        return self.moving if changed else frozenset()
 
-    def _mark(self, tensor: Tensor) -> Tensor:
-        # what the caller marked is the caller's decision; one that learns would lose its history
-        if tensor.requires_grad or not tensor.dim() or any(name.startswith("_dynamo") for name in vars(tensor)):
-            return tensor
-        # not a view: of a view Dynamo looks at the base as well, which carries no marks
-        alias = tensor.detach()
-        for axis, kind in enumerate(axis_kinds(tensor.dim())):
-            if kind in self.moving:
-                torch._dynamo.maybe_mark_dynamic(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
-            else:
-                torch._dynamo.mark_static(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
-        return alias
+
+def _mark(tensor: Tensor, moving: frozenset[str]) -> Tensor:
+    # what the caller marked is the caller's decision; one that learns would lose its history
+    if tensor.requires_grad or not tensor.dim() or any(name.startswith("_dynamo") for name in vars(tensor)):
+        return tensor
+    # not a view: of a view Dynamo looks at the base as well, which carries no marks
+    alias = tensor.detach()
+    for axis, kind in enumerate(axis_kinds(tensor.dim())):
+        if kind in moving:
+            torch._dynamo.maybe_mark_dynamic(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
+        else:
+            torch._dynamo.mark_static(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
+    return alias

@@ -1,4 +1,4 @@
-"""Compiled code goes to disk after the calls that made it and comes back before the first; spoilt files are not read."""
+"""Compiled code goes to disk after the calls that made it and comes back before the first; spoilt files stay unread."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from tests.compilation import micro
 SIZES = [(8, 8), (12, 12), (8, 12), (12, 8), (16, 8), (8, 8)]
 
 
-def compiled(module: nn.Module, *, all_sizes: bool = True) -> nn.Module:
-    module.compile(backend="eager")
+def compiled(module: nn.Module, *, all_sizes: bool = True, backend: Any = "eager") -> nn.Module:
+    module.compile(backend=backend)
     module._compiled_call_impl = WatchedCall(
         module, module._compiled_call_impl, all_sizes=all_sizes, must_compile=False
     )
@@ -92,11 +92,31 @@ def marks(*shapes: tuple[int, ...]) -> list[set[int]]:
 
 
 def test_height_and_width_move_together_and_channels_never():
-    assert marks((2, 4, 8, 8), (2, 4, 8, 12), (2, 4, 8, 8)) == [set(), {2, 3}, {2, 3}]
+    assert marks((2, 4, 8, 8), (2, 4, 8, 12), (2, 4, 12, 12)) == [set(), {2, 3}, {2, 3}]
     assert marks((2, 4, 8, 8), (2, 8, 8, 8)) == [set(), set()]
     assert marks((2, 77, 8), (2, 154, 8), (1, 77, 8)) == [set(), {1}, {0, 1}]
     assert marks((2, 4, 3, 8, 8), (2, 4, 5, 8, 8)) == [set(), {2, 3, 4}]
     assert marks((), ()) == [set(), set()]
+
+
+@torch.no_grad()
+def test_the_first_size_keeps_its_own_code():
+    made = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        number = len(made)
+        made.append(0)
+
+        def run(*arguments: Any) -> Any:
+            made[number] += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    module = compiled(Areas(), backend=backend)
+    for side in (8, 12, 8, 8, 16):
+        module(torch.randn(2, 4, side, side))
+    assert made == [3, 2]
 
 
 def test_the_callers_tensors_are_left_as_they_are():
