@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from .planning import options as opt
 from .switching import Switching
 
@@ -16,15 +18,32 @@ class Compiles(Switching):
         dynamic: bool | None = None,
         regional: bool = False,
         backend: str = "inductor",
+        cache_dir: bool | str | os.PathLike[str] | None = None,
     ) -> None:
         """Exact: compile the UNet in place; class, state-dict keys, LoRA and saving keep working.
 
+        If compiling fails, the call goes on eagerly and so does the module from then on; a warning and the report say
+        why. With `fullgraph=True` the error is raised.
+
         Args:
-            mode, fullgraph, dynamic, backend: as in `torch.compile`.
+            mode, backend: as in `torch.compile`.
+            fullgraph: refuse graph breaks, and raise whatever keeps the module from being compiled.
+            dynamic: True and False as in `torch.compile`. None compiles the first size for itself and the second for
+                all sizes, however height and width go on to change; so too for the batch, and for the prompt's length.
             regional: compile each repeated block instead of the whole: a much shorter first image, a little less speed.
+            cache_dir: keep what was compiled in this folder, and look there first: the next process starts fast. True
+                means $DIFFUSERS_TURBO_CACHE or else the user's cache folder. The files hold code that will run; one
+                that another user could have written is not read.
         """
         self._enable(
-            opt.CompileUNet(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
+            opt.CompileUNet(
+                mode=mode,
+                fullgraph=fullgraph,
+                dynamic=dynamic,
+                regional=regional,
+                backend=backend,
+                cache_dir=cache_dir,  # type: ignore[arg-type]
+            )
         )
 
     def compile_transformer(
@@ -34,10 +53,18 @@ class Compiles(Switching):
         dynamic: bool | None = None,
         regional: bool = False,
         backend: str = "inductor",
+        cache_dir: bool | str | os.PathLike[str] | None = None,
     ) -> None:
         """Exact: compile the transformer in place; arguments as for `compile_unet`."""
         self._enable(
-            opt.CompileTransformer(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
+            opt.CompileTransformer(
+                mode=mode,
+                fullgraph=fullgraph,
+                dynamic=dynamic,
+                regional=regional,
+                backend=backend,
+                cache_dir=cache_dir,  # type: ignore[arg-type]
+            )
         )
 
     def compile_vae(
@@ -47,10 +74,18 @@ class Compiles(Switching):
         dynamic: bool | None = None,
         regional: bool = False,
         backend: str = "inductor",
+        cache_dir: bool | str | os.PathLike[str] | None = None,
     ) -> None:
         """Exact: compile the VAE's encoder and decoder in place; arguments as for `compile_unet`."""
         self._enable(
-            opt.CompileVAE(mode=mode, fullgraph=fullgraph, dynamic=dynamic, regional=regional, backend=backend)
+            opt.CompileVAE(
+                mode=mode,
+                fullgraph=fullgraph,
+                dynamic=dynamic,
+                regional=regional,
+                backend=backend,
+                cache_dir=cache_dir,  # type: ignore[arg-type]
+            )
         )
 
     def uncompile(self) -> None:

@@ -7,13 +7,14 @@ class in its place that diffusers' `isinstance` checks then skip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..compilation.call import WatchedCall, tell_of
 from ..errors import NotSupportedError, explain_failure
-from ..planning.options import CompileTransformer, CompileUNet, CompileVAE
+from .compile_cache import CompileOptions, KeptOnDisk
 from .components import component
 from .undo import Journal, journaling
 
@@ -22,8 +23,6 @@ LOWEST_SM = (7, 0)
 
 _COMPILED = "_compiled_call_impl"
 
-CompileOptions = CompileUNet | CompileTransformer | CompileVAE
-
 
 @dataclass
 class CompiledCall:
@@ -31,7 +30,18 @@ class CompiledCall:
 
     module: nn.Module
     arguments: dict[str, Any]
-    compiled: Any
+    compiled: WatchedCall | None = None
+
+    def install(self) -> None:
+        """Compile the module in place, and put the watch around its compiled call."""
+        self.module.compile(**self.arguments)
+        self.compiled = WatchedCall(
+            self.module,
+            vars(self.module)[_COMPILED],
+            all_sizes=self.arguments["dynamic"] is None,
+            must_compile=self.arguments["fullgraph"],
+        )
+        setattr(self.module, _COMPILED, self.compiled)
 
     def revert(self) -> str | None:
         """Take the compiled call off, unless somebody compiled the module anew."""
@@ -49,8 +59,21 @@ class CompiledCall:
 
     def after_copy(self) -> None:
         """Compile the copied module as its original was."""
-        self.module.compile(**self.arguments)
-        self.compiled = vars(self.module)[_COMPILED]
+        self.install()
+
+
+@dataclass
+class CompiledComponent:
+    """What the compiled modules of one component have to tell; itself it changes nothing."""
+
+    modules: list[CompiledCall]
+
+    def revert(self) -> None:
+        """Nothing: each module's change undoes itself."""
+
+    def tell(self) -> list[str]:
+        """Say how often there was something to compile, and what runs eagerly."""
+        return tell_of([module.compiled for module in self.modules if module.compiled is not None])
 
 
 def apply(pipe: Any, options: CompileOptions) -> Journal:
@@ -58,6 +81,7 @@ def apply(pipe: Any, options: CompileOptions) -> Journal:
     tried = f"{options.action}()"
     root = component(pipe, _component_name(options), tried)
     _refuse_old_cards(root, options, tried)
+    _refuse_before_the_first_lora(root, tried)
     arguments = {
         "mode": options.mode,
         "fullgraph": options.fullgraph,
@@ -73,8 +97,15 @@ def apply(pipe: Any, options: CompileOptions) -> Journal:
                         tried, f"{type(module).__name__} compiled already", "an eager module", "uncompile it first"
                     )
                 )
-            module.compile(**arguments)
-            journal.add(CompiledCall(module, arguments, vars(module)[_COMPILED]))
+            change = CompiledCall(module, arguments)
+            change.install()
+            journal.add(change)
+        modules = [cast(CompiledCall, change) for change in journal.changes]
+        journal.add(CompiledComponent(modules))
+        if options.cache_dir:
+            kept = KeptOnDisk(root, options, modules)
+            journal.add(kept)
+            journal.scopes.append(kept)
         what = "block" if options.regional else "module"
         journal.note(
             f"{len(targets)} {what}{'s' * (len(targets) > 1)} compiled at the first call with {options.backend}"
@@ -112,3 +143,11 @@ def _refuse_old_cards(root: nn.Module, options: CompileOptions, tried: str) -> N
     if sm < LOWEST_SM:
         found, needed = f"a card of SM {sm[0]}.{sm[1]}", f"SM {LOWEST_SM[0]}.{LOWEST_SM[1]} or newer for Triton"
         raise NotSupportedError(explain_failure(tried, found, needed, "use enable_sdpa() and enable_channels_last()"))
+
+
+def _refuse_before_the_first_lora(root: nn.Module, tried: str) -> None:
+    """Say now what diffusers would say when the first LoRA is loaded: hotswap is prepared on an eager module."""
+    prepared = getattr(root, "_prepare_lora_hotswap_kwargs", None)
+    if prepared and prepared.get("check_compiled", "error") == "error":
+        found, needed = "hotswap prepared and no LoRA loaded yet", "the first LoRA, which is prepared when it is loaded"
+        raise NotSupportedError(explain_failure(tried, found, needed, "call load_lora_weights() first, then compile"))

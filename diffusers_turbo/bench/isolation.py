@@ -21,6 +21,9 @@ from .trace import KERNELS, TRACE
 USERS_FAULT = 64
 """Exit status of the process when no other case could run either; its last line on stderr says why."""
 
+COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""Variables that name the folders where torch and Triton keep compiled code between processes."""
+
 
 def measure_alone(results: Results, case: Case, beside: Path, *, trace: bool = False) -> tuple[Results, bool]:
     """Measure what is left of one case in a new process; return its results, and whether Ctrl-C ended it.
@@ -43,8 +46,12 @@ def measure_alone(results: Results, case: Case, beside: Path, *, trace: bool = F
         file = Path(folder, "results.json")
         alone.save(file)
         command = [sys.executable, "-m", __name__, str(file), *(["--trace"] if trace else [])]
+        # compilers find what they made for an earlier case wherever they look by themselves
+        caches = {name: str(Path(folder, name.lower())) for name in COMPILER_CACHES}
         # what libraries print would end up in the midst of our own output
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **caches}
+        )
         interrupted = False
         try:
             _, errors = process.communicate()

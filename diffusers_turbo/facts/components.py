@@ -166,4 +166,7 @@ def _is_compiled(module: Any) -> bool:
     # captured graphs stand in the same place, over the compiled call if there is one
     if (inner := getattr(call, "inner", None)) is not None:
         call = None if inner == module._call_impl else inner
+    # a compiled call that failed and gave way to the module's own
+    if getattr(call, "failure", None) is not None:
+        call = None
     return call is not None or type(module).__name__ == "OptimizedModule"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from torch import nn
 
 from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.actions.compiling import apply
+from diffusers_turbo.facts.components import read_component
+from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
+from diffusers_turbo.planning.options import CompileUNet
 from tests import tiny
+from tests.compilation import micro
+from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
 
 
@@ -62,22 +72,6 @@ def test_transformers_compile_too():
     assert distance(tiny.picture(pipe), stock).psnr_db >= 90
 
 
-def test_a_lora_loaded_after_compiling_changes_the_picture_rightly():
-    pipe, plain = turbo(tiny.sd()), turbo(tiny.sd())
-    pipe.compile_unet(backend="aot_eager")
-    stock = tiny.picture(pipe)
-    torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    pipe.unet.add_adapter(config)
-    torch.manual_seed(1)
-    plain.unet.add_adapter(config)
-    ours = tiny.picture(pipe)
-    assert distance(ours, tiny.picture(plain)).psnr_db >= 90
-    pipe.unet.disable_adapters()
-    assert distance(tiny.picture(pipe), stock).psnr_db >= 90
-    pipe.unet.delete_adapters("default")
-
-
 @pytest.mark.parametrize("order", ["compile first", "offload first"])
 def test_compile_and_model_offload_in_any_order(order):
     pipe = turbo(tiny.sd())
@@ -101,6 +95,83 @@ def test_a_model_without_repeated_blocks_refuses_regional():
     pipe = turbo(tiny.sd())
     with pytest.raises(TurboError, match=r"a AutoencoderKL that names no repeated blocks"):
         pipe.compile_vae(regional=True, backend="eager")
+
+
+@pytest.fixture
+def broken():
+    """A backend that fails as Inductor does without a C++ compiler; gives its name and what it was asked to compile."""
+    asked: list[Any] = []
+
+    def broken_backend(graph: Any, inputs: Any) -> Any:
+        asked.append(graph)
+        raise RuntimeError("No working C++ compiler found")
+
+    torch._dynamo.register_backend(broken_backend, name="broken")
+    yield asked
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("broken")
+    torch._dynamo.backends.registry._BACKENDS.pop("broken", None)
+
+
+def test_a_failing_compiler_costs_no_picture_and_is_told(broken, caplog):
+    pipe = micro.sd()
+    stock, before = tiny.picture(pipe), state_of(pipe)
+    pipe.compile_unet(backend="broken")
+    assert torch.equal(tiny.picture(pipe), stock)
+    assert torch.equal(tiny.picture(pipe), stock)
+    assert len(broken) == 1
+    assert "UNet2DConditionModel runs eagerly from now on" in caplog.text
+    told = str(pipe.turbo_report())
+    assert "1 of 1 run eagerly, since compiling failed: UNet2DConditionModel: " in told
+    assert "No working C++ compiler found" in told
+    assert not read_component("unet", "", pipe.unet).compiled
+    twin = copy.deepcopy(pipe)
+    pipe.uncompile()
+    assert differences(before, state_of(pipe)) == []
+    assert torch.equal(tiny.picture(twin), stock)
+    twin.turbo_undo()
+    assert twin.unet._compiled_call_impl is None
+
+
+def test_graphs_go_on_over_the_eager_module_when_the_compiler_fails(broken, monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    pipe = micro.sd()
+    stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
+    pipe.compile_unet(backend="broken")
+    pipe.enable_cuda_graphs()
+    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    graphs = pipe.unet._compiled_call_impl
+    assert graphs.captured == 1
+    assert graphs.replayed > 2
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+def test_fullgraph_wants_to_know(broken):
+    pipe = micro.sd()
+    pipe.compile_unet(backend="broken", fullgraph=True)
+    for _ in range(2):
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="No working C"):
+            tiny.picture(pipe)
+    assert len(broken) == 2
+
+
+def test_a_card_too_old_for_triton_is_refused(monkeypatch):
+    class OnACard(nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+    pipe = SimpleNamespace(unet=OnACard(), components={})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    refusal = r"compile_unet\(\): found a card of SM 6.1; needed: SM 7.0 or newer for Triton.*enable_sdpa\(\)"
+    with pytest.raises(TurboError, match=refusal):
+        apply(pipe, CompileUNet())
+    assert pipe.unet._compiled_call_impl is None
+    # what needs no Triton is not refused, nor is a newer card
+    apply(pipe, CompileUNet(backend="eager")).revert()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    apply(pipe, CompileUNet()).revert()
+    assert pipe.unet._compiled_call_impl is None
 
 
 @pytest.mark.slow

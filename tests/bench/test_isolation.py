@@ -133,6 +133,18 @@ def test_a_process_that_fails_is_a_result(tmp_path, child, lines, reason):
     assert (after.rows[0].status, after.rows[0].reason) == (Status.FAILED, reason)
 
 
+def test_the_process_finds_no_compiled_code_of_another_one(tmp_path, child, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    child("""
+for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    assert os.path.dirname(os.environ[name]) == os.path.dirname(file), name
+    assert not os.path.exists(os.environ[name]), name
+save(MEASURED)
+""")
+    after, _ = measure_alone(make_results(row("a")), A, tmp_path / "results.json")
+    assert (after.rows[0].status, after.rows[0].reason) == (Status.OK, None)
+
+
 def test_what_the_process_prints_stays_out_of_our_own_output(tmp_path, child, capfd):
     child("print('a banner', flush=True); save(MEASURED)")
     measure_alone(make_results(row("a")), A, tmp_path / "results.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from ..base import Options
@@ -11,6 +12,8 @@ COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotu
 
 @dataclass(frozen=True, kw_only=True)
 class _Compile(Options):
+    """`cache_dir` is the folder to keep compiled code in; True means the user's cache folder, None and False none."""
+
     slot = "compile"
 
     mode: str | None = None
@@ -18,6 +21,7 @@ class _Compile(Options):
     dynamic: bool | None = None
     regional: bool = False
     backend: str = "inductor"
+    cache_dir: bool | str | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("mode", COMPILE_MODES)
@@ -28,6 +32,15 @@ class _Compile(Options):
         if self.mode not in (None, "default") and self.backend != "inductor":
             # the other backends of torch take no mode and fail only at the first call, minutes later
             raise self._refuse("mode", 'backend="inductor"', "leave mode out, or leave backend at its default")
+        self._check_cache_dir()
+
+    def _check_cache_dir(self) -> None:
+        if isinstance(self.cache_dir, os.PathLike):
+            object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, (bool, str)) and self.cache_dir != ""):
+            raise self._refuse("cache_dir", "True, False, None or a folder", "use True for the user's cache folder")
+        if self.cache_dir and self.backend != "inductor":
+            raise self._refuse("cache_dir", 'backend="inductor", which alone makes code to keep', "leave cache_dir out")
 
 
 @dataclass(frozen=True, kw_only=True)

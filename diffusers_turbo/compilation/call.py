@@ -1,0 +1,98 @@
+"""A compiled call that counts what it costs, and that gives way to the eager call when the compiler fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import in_one_line
+from .counts import Counts
+from .sizes import MovingAxes
+
+logger = logging.getLogger("diffusers_turbo")
+
+
+class WatchedCall:
+    """Stands where `nn.Module.compile` puts its compiled call, around it.
+
+    Which errors are the compiler's? A call in which nothing was compiled raises its own. After one in which something
+    was, the eager call is the judge: if it fails as well, its error goes on and the compiled call stays; if it gives a
+    result, the compiler was to blame, and the module runs eagerly from then on.
+    """
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any], *, all_sizes: bool, must_compile: bool) -> None:
+        """Wrap `compiled`, the call that torch made of `module`.
+
+        Args:
+            module: whose call it is.
+            compiled: what `module.compile()` put on it.
+            all_sizes: mark the arguments, so that the second size is compiled for all sizes.
+            must_compile: let every error through.
+        """
+        self.module = module
+        self.eager: Callable[..., Any] = module._call_impl
+        self.compiled: Callable[..., Any] | None = compiled
+        self.must_compile = must_compile
+        self.counts = Counts()
+        self.failure: str | None = None
+        self._axes = MovingAxes() if all_sizes else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module: compiled, as long as the compiler does not fail."""
+        compiled = self.compiled
+        if compiled is None or torch.compiler.is_compiling():
+            return self.eager(*args, **kwargs)
+        marked_args, marked_kwargs = (args, kwargs) if self._axes is None else self._axes.marked(args, kwargs)
+        before = Counts.now()
+        try:
+            return compiled(*marked_args, **marked_kwargs)
+        except Exception as error:
+            if self.must_compile or Counts.now().frames == before.frames or _ran_out_of_memory(error):
+                raise
+            reason = in_one_line(error, 300)
+        finally:
+            self.counts += Counts.now().since(before)
+        result = self.eager(*args, **kwargs)
+        self.compiled, self.failure = None, reason
+        logger.warning("%s runs eagerly from now on, since compiling it failed: %s", self.name, reason)
+        return result
+
+    @property
+    def name(self) -> str:
+        """Class of the module."""
+        return type(self.module).__name__
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory is what was missing, in the error itself or in one that the compiler wrapped into its own."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        seen.append(error)
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return False
+
+
+def tell_of(calls: list[WatchedCall]) -> list[str]:
+    """Say what became of the compiled calls of one component so far."""
+    counts = sum((call.counts for call in calls), Counts())
+    told = (
+        [f"{counts.compiled} compilation{'s' * (counts.compiled != 1)}, of {len(calls)} modules"]
+        if counts.frames
+        else []
+    )
+    if counts.limits:
+        limit = torch._dynamo.config.recompile_limit
+        told.append(
+            f"compiled too often: beyond {limit} variants (torch._dynamo.config.recompile_limit) calls run eagerly"
+        )
+    elif counts.frames > counts.compiled and not any(call.failure for call in calls):
+        told.append(f"{counts.frames - counts.compiled} functions could not be compiled and run eagerly")
+    failed = [call for call in calls if call.failure]
+    reasons = "; ".join(sorted({f"{call.name}: {call.failure}" for call in failed}))
+    return [*told, f"{len(failed)} of {len(calls)} run eagerly, since compiling failed: {reasons}"] if failed else told

@@ -1,0 +1,244 @@
+"""Compiled code goes to disk after the calls that made it and comes back before the first; spoilt files stay unread."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.actions.compile_cache import KeptOnDisk, key_of
+from diffusers_turbo.compilation.call import WatchedCall
+from diffusers_turbo.compilation.counts import Counts
+from diffusers_turbo.planning.options import CompileUNet
+from tests import tiny
+
+
+class Torch:
+    """Stands for torch's store of artifacts: what was made in this process, and what was brought back into it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: dict[str, list[str]] = defaultdict(list)
+        self.loaded: list[bytes] = []
+        monkeypatch.setattr(torch.compiler, "save_cache_artifacts", self.save)
+        monkeypatch.setattr(torch.compiler, "load_cache_artifacts", self.load)
+
+    def save(self) -> tuple[bytes, Any]:
+        return repr(sorted(self.made["inductor"])).encode(), SimpleNamespace(artifacts=self.made)
+
+    def load(self, data: bytes) -> Any:
+        self.loaded.append(data)
+        return SimpleNamespace(artifacts={})
+
+
+@pytest.fixture
+def store(monkeypatch) -> Torch:
+    return Torch(monkeypatch)
+
+
+class Process:
+    """What one process has of a component: its module with a compiled call, and the scope around a pipeline's calls."""
+
+    def __init__(self, folder: Path, store: Torch, model: nn.Module | None = None) -> None:
+        self.store = store
+        store.made.clear()
+        module = model or nn.Linear(2, 2)
+        self.call = WatchedCall(module, module.forward, all_sizes=False, must_compile=False)
+        self.scope = KeptOnDisk(module, CompileUNet(cache_dir=folder), [SimpleNamespace(compiled=self.call)])
+
+    def run(self, *makes: str) -> None:
+        """One call of the pipeline that compiles these graphs."""
+        with self.scope.around_call(None):
+            self.store.made["inductor"] += makes
+            self.call.counts += Counts(misses=len(makes))
+
+    @property
+    def told(self) -> str:
+        return " ".join(self.scope.tell())
+
+
+def only_file(folder: Path) -> Path:
+    (file,) = folder.iterdir()
+    return file
+
+
+def test_what_one_process_made_another_one_loads(tmp_path, store):
+    folder = tmp_path / "cache"
+    first = Process(folder, store)
+    first.run("a")
+    assert "nothing yet in" in first.told
+    assert f"written to {only_file(folder)}" in first.told
+    assert "1 made anew" in first.told
+    second = Process(folder, store)
+    second.run()
+    assert store.loaded == [b"['a']"]
+    assert f"loaded from {only_file(folder)}" in second.told
+    assert "written" not in second.told
+
+
+def test_it_is_written_only_after_calls_that_made_something(tmp_path, store, monkeypatch):
+    folder = tmp_path / "cache"
+    process = Process(folder, store)
+    process.run()
+    assert list(folder.iterdir()) == []
+    process.run("a")
+    written = only_file(folder).stat().st_mtime_ns
+    process.run()
+    assert only_file(folder).stat().st_mtime_ns == written
+    assert store.loaded == []
+
+
+def test_a_process_that_used_less_keeps_what_others_made(tmp_path, store):
+    folder = tmp_path / "cache"
+    Process(folder, store).run("a")
+    Process(folder, store).run("b")
+    store.loaded.clear()
+    Process(folder, store).run()
+    assert store.loaded == [b"['a']", b"['b']"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "truncated or changed bytes"),
+        (lambda file: file.chmod(0o666), "can be written to by its group and everybody"),
+        (lambda file: file.write_bytes(b"?"), "a header that cannot be read"),
+    ],
+)
+def test_a_spoilt_file_is_not_loaded_and_made_anew(tmp_path, store, caplog, spoil, reason):
+    folder = tmp_path / "cache"
+    Process(folder, store).run("a")
+    spoil(only_file(folder))
+    process = Process(folder, store)
+    process.run("a")
+    assert store.loaded == []
+    assert reason in caplog.text
+    assert reason in process.told
+    Process(folder, store).run()
+    assert store.loaded == [b"['a']"]
+
+
+def test_a_folder_others_can_write_is_not_used(tmp_path, store, caplog):
+    folder = tmp_path / "cache"
+    Process(folder, store).run("a")
+    folder.chmod(0o777)
+    process = Process(folder, store)
+    process.run("b")
+    assert store.loaded == []
+    assert "not used: using the folder" in process.told
+    assert "can be written to by its group and everybody" in caplog.text
+    folder.chmod(0o700)
+    Process(folder, store).run()
+    assert store.loaded == [b"['a']"]
+
+
+def test_a_full_disk_only_warns(tmp_path, store, caplog, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    process = Process(tmp_path / "cache", store)
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_turbo.compilation.cache.os.replace", full)
+        process.run("a")
+    assert "No space left on device" in caplog.text
+    assert "not written" in process.told
+
+
+def test_torchs_own_refusal_only_warns(tmp_path, store, caplog, monkeypatch):
+    folder = tmp_path / "cache"
+    Process(folder, store).run("a")
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: None)
+    Process(folder, store).run()
+    assert "torch could not read the artifacts" in caplog.text
+
+
+def test_a_cast_reads_another_file(tmp_path, store):
+    folder, model = tmp_path / "cache", nn.Linear(2, 2)
+    Process(folder, store, model).run("a")
+    process = Process(folder, store, model)
+    process.run()
+    model.to(torch.bfloat16)
+    process.run("b")
+    assert store.loaded == [b"['a']"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_keys_differ_by_what_decides_about_the_code():
+    unet, options = tiny.unet(), CompileUNet()
+    key = key_of(unet, options)
+    assert key == key_of(tiny.unet(), CompileUNet(cache_dir=True))
+    others = [
+        key_of(tiny.unet(block_out_channels=(32, 32)), options),
+        key_of(tiny.unet().to(torch.float16), options),
+        key_of(unet, CompileUNet(mode="max-autotune")),
+        key_of(tiny.vae(), options),
+    ]
+    assert len({str(other) for other in [key, *others]}) == 5
+    assert key["torch"] == torch.__version__
+    assert set(key) >= {"device", "sm", "triton", "diffusers", "diffusers-turbo", "cuda"}
+
+
+def test_a_copied_pipeline_has_a_cache_of_its_own(tmp_path):
+    pipe = turbo(tiny.sd())
+    pipe.compile_unet(cache_dir=tmp_path / "cache")
+    twin = copy.deepcopy(pipe)
+    (scope,) = twin._turbo_ledger.top("compile_unet").journal.scopes
+    assert scope.root is twin.unet
+    assert scope.modules[0].compiled is twin.unet._compiled_call_impl
+    assert not (tmp_path / "cache").exists(), "nothing is read or written before a call"
+
+
+def test_only_inductors_code_can_be_kept():
+    with pytest.raises(TurboError, match=r"compile_unet\(cache_dir=True\).*backend=\"inductor\""):
+        CompileUNet(cache_dir=True, backend="eager")
+    with pytest.raises(TurboError, match="True, False, None or a folder"):
+        CompileUNet(cache_dir="")
+
+
+CHILD = """
+import sys, types
+import torch
+from torch._dynamo.utils import counters
+from diffusers_turbo.actions.compiling import apply
+from diffusers_turbo.planning.options import CompileUNet
+
+class Product(torch.nn.Module):
+    # a product alone: Inductor makes a wrapper around torch's own kernel, and no C++ has to be compiled
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+pipe = types.SimpleNamespace(unet=Product())
+journal = apply(pipe, CompileUNet(cache_dir=sys.argv[1]))
+with torch.no_grad(), journal.scopes[0].around_call(pipe):
+    pipe.unet(torch.ones(2, 8))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+print(*journal.told())
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
+    """The real Inductor and its real artifacts; each process with a cache folder of torch's that is empty."""
+    outputs = []
+    for process in ("first", "second"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / process))
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "cache")]
+        outputs.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert outputs[0].startswith("0 1\n")
+    assert outputs[1].startswith("1 0\n")
+    assert "MiB loaded from" in outputs[1]
+    assert "1 graphs found in torch's cache, 0 made anew" in outputs[1]
+    assert "written" not in outputs[1]

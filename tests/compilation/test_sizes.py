@@ -1,0 +1,133 @@
+"""Two compilations for all sizes: of a UNet, a decoder, and of modules that show each rule by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from diffusers_turbo.compilation.call import WatchedCall
+from diffusers_turbo.compilation.sizes import MovingAxes
+from tests import tiny
+from tests.compilation import micro
+
+SIZES = [(8, 8), (12, 12), (8, 12), (12, 8), (16, 8), (8, 8)]
+
+
+def compiled(module: nn.Module, *, all_sizes: bool = True, backend: Any = "eager") -> nn.Module:
+    module.compile(backend=backend)
+    module._compiled_call_impl = WatchedCall(
+        module, module._compiled_call_impl, all_sizes=all_sizes, must_compile=False
+    )
+    return module
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+class Areas(nn.Module):
+    """Depends on both sides, as a UNet does, and on the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2) * x.shape[0]
+
+
+@torch.no_grad()
+def test_any_sizes_of_a_module():
+    module, left_alone = compiled(Areas()), compiled(Areas(), all_sizes=False)
+    for height, width in SIZES:
+        x = torch.randn(2, 4, height, width)
+        assert torch.equal(module(x), x.flatten(2) * 2)
+    assert graphs() == 2
+    # what it is for: Dynamo by itself needs one more when first one side changes and then the other
+    torch._dynamo.reset()
+    for height, width in [(8, 8), (8, 12), (12, 8)]:
+        left_alone(torch.randn(2, 4, height, width))
+    assert graphs() == 2 + 3
+
+
+@torch.no_grad()
+def test_the_batch_moves_by_itself():
+    module = compiled(Areas())
+    for batch in (2, 4, 6):
+        module(torch.randn(batch, 4, 8, 8))
+    assert graphs() == 2
+    module(torch.randn(2, 4, 12, 8))
+    module(torch.randn(3, 4, 8, 12))
+    assert graphs() == 3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_five_sizes_of_a_unet():
+    unet, context = compiled(micro.unet()), torch.randn(2, 5, tiny.CONTEXT)
+    eager = micro.unet()
+    eager.load_state_dict(unet.state_dict())
+    for height, width in SIZES:
+        sample = torch.randn(2, 4, height, width)
+        got, expected = (model(sample, torch.tensor(3), encoder_hidden_states=context) for model in (unet, eager))
+        torch.testing.assert_close(got.sample, expected.sample)
+    assert graphs() == 2
+
+
+@torch.no_grad()
+def test_five_sizes_of_a_decoder():
+    decoder = compiled(micro.decoder())
+    for height, width in SIZES:
+        latents = torch.randn(2, 4, height, width)
+        torch.testing.assert_close(decoder(latents), decoder._call_impl(latents))
+    assert graphs() == 2
+
+
+def marks(*shapes: tuple[int, ...]) -> list[set[int]]:
+    axes, found = MovingAxes(), []
+    for shape in shapes:
+        (tensor,), _ = axes.marked((torch.empty(shape),), {})
+        found.append(getattr(tensor, "_dynamo_weak_dynamic_indices", set()))
+    return found
+
+
+def test_height_and_width_move_together_and_channels_never():
+    assert marks((2, 4, 8, 8), (2, 4, 8, 12), (2, 4, 12, 12)) == [set(), {2, 3}, {2, 3}]
+    assert marks((2, 4, 8, 8), (2, 8, 8, 8)) == [set(), set()]
+    assert marks((2, 77, 8), (2, 154, 8), (1, 77, 8)) == [set(), {1}, {0, 1}]
+    assert marks((2, 4, 3, 8, 8), (2, 4, 5, 8, 8)) == [set(), {2, 3, 4}]
+    assert marks((), ()) == [set(), set()]
+
+
+@torch.no_grad()
+def test_the_first_size_keeps_its_own_code():
+    made = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        number = len(made)
+        made.append(0)
+
+        def run(*arguments: Any) -> Any:
+            made[number] += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    module = compiled(Areas(), backend=backend)
+    for side in (8, 12, 8, 8, 16):
+        module(torch.randn(2, 4, side, side))
+    assert made == [3, 2]
+
+
+def test_the_callers_tensors_are_left_as_they_are():
+    axes = MovingAxes()
+    theirs, marked_by_them = torch.empty(2, 4), torch.empty(2, 4)
+    torch._dynamo.mark_dynamic(marked_by_them, 1)
+    plain: Any = object()
+    (first, second), named = axes.marked((theirs, marked_by_them), {"nested": [theirs], "plain": plain})
+    assert not [name for name in vars(theirs) if "dynamo" in name]
+    assert first is not theirs
+    assert first.data_ptr() == theirs.data_ptr()
+    assert second is marked_by_them
+    assert named["nested"][0] is not theirs
+    assert named["plain"] is plain
