@@ -64,7 +64,7 @@ class FusedTransformerBlock(FusedBlock):
     ) -> Tensor:
         """Run the block on `[B, N, D]`; the arguments are the host's."""
         block, given = self.module, cross_attention_kwargs or {}
-        unusual = block._chunk_size is not None or hidden_states.ndim != 3 or "gligen" in given or "scale" in given
+        unusual = block._chunk_size is not None or hidden_states.ndim != 3 or "gligen" in given
         if unusual or not self.norms_are(FusedLayerNorm, block.norm2, block.norm3):
             host_result: Tensor = type(block).forward(
                 block,

@@ -105,6 +105,17 @@ def test_resnets_with_a_gradient(options, kernel_calls):
 
 
 @torch.no_grad()
+def test_a_resnet_in_training_is_left_to_the_host(kernel_calls):
+    """It makes its shortcut contiguous then, for gradients across processes."""
+    block = resnet(out_channels=16).to(memory_format=torch.channels_last).train()
+    x, temb = resnet_input(block)
+    expected = block(x, temb)
+    fuse(block)
+    near(block(x, temb), expected)
+    assert kernel_calls["group_norm"] == 1
+
+
+@torch.no_grad()
 def test_resnets_in_double_precision_run_plainly(kernel_calls):
     host = resnet().double()
     ours = copy.deepcopy(host)

@@ -174,3 +174,15 @@ def test_a_launch_survives_the_operator():
 
 def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
+
+
+def test_where_a_kernel_runs_is_known_beforehand(monkeypatch, runs_here):
+    kernel = KERNELS["geglu"]
+    assert kernel.places() == {("cpu", dtype) for dtype in base.DTYPES}
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    assert kernel.places() == {("cuda", torch.float16), ("cuda", torch.float32)}
+    monkeypatch.setattr(base, "triton_reasons", lambda: ("Triton is not installed",))
+    assert kernel.places() == frozenset()

@@ -39,6 +39,7 @@ def test_lossy_docstrings_say_so_on_their_first_line():
         ("enable_half_precision", {"dtype": "float8"}, "dtype = 'float8'; needed: one of 'float16', 'bfloat16', None"),
         ("fuse_qkv_projections", {"unet": False, "vae": False}, "needed: the denoiser, the VAE or both"),
         ("fuse_qkv_projections", {"unet": 1}, "unet = 1; needed: True or False"),
+        ("enable_fused_kernels", {"geglu": "yes"}, "geglu = 'yes'; needed: True or False"),
         ("enable_vae_tiling", {"tile_size": 0}, "tile_size = 0; needed: a positive multiple of 8"),
         ("enable_vae_tiling", {"tile_size": 100}, "tile_size = 100; needed: a positive multiple of 8"),
         ("enable_vae_tiling", {"tile_size": True}, "tile_size = True"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -329,3 +330,25 @@ def test_a_pipeline_is_read_and_not_touched():
 def test_wrong_requests_are_refused(request_, text):
     with pytest.raises(InvalidOptionError, match=text):
         _on("T4", **request_)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "reason"),
+    [
+        (DeviceFacts.card("H100"), "sd15", "has not measured them in one on a GPU yet"),
+        (DeviceFacts.card("P100"), "sd15", r"Triton needs SM 7.0, this is Tesla P100 .*SM 6.0"),
+        (dataclasses.replace(DeviceFacts.card("H100"), triton=False), "sd15", "Triton is missing"),
+        (dataclasses.replace(DeviceFacts.card("H100"), sm=None), "sd15", "written for NVIDIA GPUs"),
+        (dataclasses.replace(DeviceFacts.card("H100"), device_type="cpu", sm=None), "sd15", "NVIDIA GPUs only"),
+        (DeviceFacts.card("H100"), "pixart", "A transformer has few of the layers they fit"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_fused_kernels_are_left_with_the_precise_reason(device, name, reason):
+    assert re.search(reason, _reason(plan(facts_of(name), device), "enable_fused_kernels"))
+
+
+def test_beside_a_compiler_fused_kernels_are_not_needed():
+    made = plan(facts_of("sd15"), DeviceFacts.card("H100"), images=10_000)
+    assert "compile_unet" in _actions(made)
+    assert "The compiler fuses" in _reason(made, "enable_fused_kernels")
