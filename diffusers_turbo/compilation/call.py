@@ -81,18 +81,20 @@ def _ran_out_of_memory(error: BaseException | None) -> bool:
 def tell_of(calls: list[WatchedCall]) -> list[str]:
     """Say what became of the compiled calls of one component so far."""
     counts = sum((call.counts for call in calls), Counts())
-    told = (
-        [f"{counts.compiled} compilation{'s' * (counts.compiled != 1)}, of {len(calls)} modules"]
-        if counts.frames
-        else []
-    )
+    compiled, modules = _count(counts.compiled, "compilation"), _count(len(calls), "module")
+    told = [f"{compiled} in {modules} so far"] if counts.frames else []
     if counts.limits:
         limit = torch._dynamo.config.recompile_limit
         told.append(
             f"compiled too often: beyond {limit} variants (torch._dynamo.config.recompile_limit) calls run eagerly"
         )
     elif counts.frames > counts.compiled and not any(call.failure for call in calls):
-        told.append(f"{counts.frames - counts.compiled} functions could not be compiled and run eagerly")
+        functions = _count(counts.frames - counts.compiled, "function")
+        told.append(f"{functions} could not be compiled and run eagerly")
     failed = [call for call in calls if call.failure]
     reasons = "; ".join(sorted({f"{call.name}: {call.failure}" for call in failed}))
     return [*told, f"{len(failed)} of {len(calls)} run eagerly, since compiling failed: {reasons}"] if failed else told
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -126,7 +126,7 @@ def test_the_recompile_limit_is_told(caplog):
     limit = torch._dynamo.config.recompile_limit
     for size in range(2, limit + 2):
         call.module(torch.ones(size, 3))
-    assert tell_of([call]) == [f"{limit} compilations, of 1 modules"]
+    assert tell_of([call]) == [f"{limit} compilations in 1 module so far"]
     call.module(torch.ones(limit + 2, 3))
     assert f"beyond {limit} variants (torch._dynamo.config.recompile_limit) calls run eagerly" in tell_of([call])[1]
 
