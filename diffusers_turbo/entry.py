@@ -58,6 +58,7 @@ def auto_optimize(
     vram_budget: int | str | None = None,
     dtype: str = "keep",
     exact: bool = False,
+    tier: str | None = None,
     verify: bool = False,
 ) -> PipeT:
     """Probe the device, plan what is safe and worth it, apply it, and keep the plan for `pipe.turbo_report()`.
@@ -71,6 +72,9 @@ def auto_optimize(
         dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change of dtype is
             lossy.
         exact: allow exact levers only.
+        tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
+            under the graphs), or "fastest", one of the two by `images`. None takes only what was measured on a GPU,
+            which these switches are not yet.
         verify: draw a few pictures with the reference and with the plan applied; steps that break what the plan
             promises are taken off and named in the report. Takes the time of some dozens of pictures, and the memory
             of an fp32 copy.
@@ -90,6 +94,7 @@ def auto_optimize(
         vram_budget=vram_budget,
         dtype=dtype,
         exact=exact,
+        tier=tier,
     )
     # before anything is switched on, so that no fault of a switch can reach the reference
     yardstick = Yardstick(pipe, make_inputs(height=height, width=width, batch_size=batch_size)) if verify else None

@@ -19,19 +19,12 @@ from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.signature import MODE
-from ..planning.options import SharedGuidance
+from ..planning.options import DOUBLING_PIPELINES, SharedGuidance
 from .calls import CallOver
 from .components import denoiser_of, require_plain_weights
 from .undo import Journal, journaling
 
 TRIED = "enable_shared_guidance()"
-
-DOUBLING = (
-    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
-    "StableDiffusionControlNetInpaintPipeline",
-)
-"""Pipelines whose UNet input is two equal halves under guidance: `tests/actions/test_guidance.py` looks at it."""
 
 SHARED = "both halves of guidance are equal"
 """The mode in which the UNet is called then."""
@@ -124,7 +117,7 @@ def apply(pipe: Any, options: SharedGuidance) -> Journal:
     require_plain_weights(pipe, TRIED)
     name, unet = denoiser_of(pipe, TRIED)
     if reason := why_not_shared(pipe, unet):
-        needed = f"one of {', '.join(DOUBLING)}, and a UNet that starts without its prompt"
+        needed = f"one of {', '.join(DOUBLING_PIPELINES)}, and a UNet that starts without its prompt"
         raise NotSupportedError(explain_failure(TRIED, reason, needed, "leave this switch off"))
     modules = modules_before_the_prompt(unet)
     with journaling() as journal:
@@ -156,7 +149,7 @@ def why_not_shared(pipe: Any, unet: nn.Module) -> str | None:
     """Return why the halves can't be known to be equal, None when they are."""
     call = inspect.unwrap(type(pipe).__call__)
     host = call.__qualname__.removesuffix(".__call__")
-    if host not in DOUBLING or not call.__module__.startswith("diffusers."):
+    if host not in DOUBLING_PIPELINES or not call.__module__.startswith("diffusers."):
         return f"whether {host} calls its denoiser with two equal halves is not known"
     config = getattr(unet, "config", None)
     if type(unet).__name__ != "UNet2DConditionModel" or getattr(config, "resnet_time_scale_shift", "") != "default":

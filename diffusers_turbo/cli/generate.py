@@ -35,6 +35,7 @@ def generate(
     dtype: arg.Dtype = None,
     vram: arg.Vram = None,
     exact: arg.Exact = False,
+    tier: arg.Tier = None,
     plain: Annotated[bool, typer.Option("--plain", help="As diffusers makes it: switch nothing on.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what was switched on, and why.")] = False,
     as_json: arg.Json = False,
@@ -61,7 +62,7 @@ def generate(
         pipe = load_for(job, job.cases[0])
         size_of(pipe, job)
         if not plain:
-            auto_optimize(pipe, height=height, width=width, images=images, vram_budget=vram, exact=exact)
+            auto_optimize(pipe, height=height, width=width, images=images, vram_budget=vram, exact=exact, tier=tier)
     written, seconds = [], []
     with progress_bar() as tell:
         for number in range(images):

@@ -55,6 +55,7 @@ def plan(
     ] = None,
     vram: arg.Vram = None,
     exact: arg.Exact = False,
+    tier: arg.Tier = None,
     as_json: arg.Json = False,
 ) -> None:
     """Say what would be switched on for a model, here or on a card you do not have, and why."""
@@ -72,6 +73,7 @@ def plan(
         vram_budget=vram,
         dtype=cast,
         exact=exact,
+        tier=tier,
     )
     if as_json:
         results.print_json(made.to_json())

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_EXTRAS = (
+    *("class_embed_type", "num_class_embeds", "time_embedding_act_fn", "time_cond_proj_dim", "addition_embed_type"),
+    *("encoder_hid_dim", "encoder_hid_dim_type", "resnet_skip_time_act"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserShape:
@@ -25,6 +30,7 @@ class DenoiserShape:
         added_text_time: SDXL's extra conditioning.
         text_conditioned: whether it takes a prompt.
         distilled_guidance: whether guidance is an input instead of a second sample (Flux dev, LCM).
+        extras: options in a UNet's config for what it embeds beside its time, or does with its prompt first.
     """
 
     kind: str
@@ -40,6 +46,7 @@ class DenoiserShape:
     added_text_time: bool = False
     text_conditioned: bool = True
     distilled_guidance: bool = False
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +131,7 @@ def read_denoiser_shape(module: Any) -> DenoiserShape:
         added_text_time=config.get("addition_embed_type") == "text_time",
         text_conditioned=is_prompted,
         distilled_guidance=bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim")),
+        extras=tuple(name for name in _EXTRAS if config.get(name)),
     )
 
 

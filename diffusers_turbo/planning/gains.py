@@ -54,6 +54,54 @@ COMPILE_GAINS["sd21"] = COMPILE_GAINS["sd15"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierGain:
+    """What the two tiers give one family: whole pictures once steady, and the time to the first one.
+
+    Measured on prototypes, see `prototypes-h100.json`: they decide between the two, and promise nothing.
+    """
+
+    instant_ms: float
+    instant_first_s: float
+    compiled_ms: float
+    compiled_first_s: float
+    setting: str
+    source: str
+
+    @property
+    def break_even_images(self) -> int:
+        """From how many pictures on the compiled tier is the sooner done.
+
+        >>> TIER_GAINS["sd15"].break_even_images
+        490
+        """
+        saved_s = (self.instant_ms - self.compiled_ms) / 1000
+        return int((self.compiled_first_s - self.instant_first_s) / saved_s) + 1
+
+
+_PROTOTYPES = "prototypes on an H100, docs/benchmarks/prototypes-h100.json"
+
+TIER_GAINS: dict[str, TierGain] = {
+    "sd15": TierGain(
+        instant_ms=573,
+        instant_first_s=6.3,
+        compiled_ms=351,
+        compiled_first_s=115,
+        setting="SD1.5, 512x512, 50 steps",
+        source=_PROTOTYPES,
+    ),
+    "sdxl": TierGain(
+        instant_ms=1577,
+        instant_first_s=9.0,
+        compiled_ms=1083,
+        compiled_first_s=164,
+        setting="SDXL, 1024x1024, 30 steps",
+        source=_PROTOTYPES,
+    ),
+}
+TIER_GAINS["sd21"] = TIER_GAINS["sd15"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayoutGain:
     """What channels-last does to one UNet step: `plain_ms` and `eager_ms`, and `compiled_ms` where it is compiled."""
 

@@ -13,11 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotSupportedError, explain_failure
-from .algebra import judge_algebra
 from .conflicts import in_order
 from .fitting import Estimated, Rung, judge_memory, make_ladder
-from .kernels import judge_kernels
-from .loop import judge_loop
 from .memory import MemoryEstimate, estimate_memory, holds_scores
 from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Plan, Rejected, Step
@@ -25,7 +22,6 @@ from .request import Request, Situation, Verdict, settle
 from .speed import (
     judge_attention,
     judge_compile,
-    judge_graphs,
     judge_layout,
     judge_precision,
     judge_projections,
@@ -34,6 +30,7 @@ from .speed import (
     running_dtype,
     sm_text,
 )
+from .tiers import judge_tier, settle_tier
 from .units import gib
 
 if TYPE_CHECKING:
@@ -52,6 +49,7 @@ def plan(
     vram_budget: int | str | None = None,
     dtype: str = "keep",
     exact: bool = False,
+    tier: str | None = None,
 ) -> Plan:
     """Decide what to switch on for this pipeline on this device. Nothing is switched on and nothing is computed.
 
@@ -64,6 +62,8 @@ def plan(
         vram_budget: bytes, or text such as "6GB"; by default what is free.
         dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change is lossy.
         exact: allow exact switches only.
+        tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
+            under the graphs), or "fastest", one of the two by `images`. None takes only what was measured on a GPU.
 
     Raises:
         NotSupportedError: no pipeline, one without a denoiser, or a torch that has no kernels for the card.
@@ -79,6 +79,7 @@ def plan(
         vram_budget=vram_budget,
         dtype=dtype,
         exact=exact,
+        tier=tier,
     )
     return make_plan(pipe if isinstance(pipe, PipelineFacts) else read_pipeline(pipe), facts, request)
 
@@ -155,13 +156,12 @@ def _draft(situation: Situation, rung: Rung) -> _Draft:
             for item in attention
         ]
     projections = judge_projections(situation, rung.options, lean=rung.lean)
-    compiles = judge_compile(situation, rung.options)
+    tier = settle_tier(situation, rung.options)
+    compiles = judge_compile(situation, rung.options, tier)
     compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")
-    layout = judge_layout(situation, dtype, compiled)
+    layout = judge_layout(situation, dtype, compiled, tier)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
-    verdicts += [judge_kernels(situation, compiled=compiled), judge_loop(situation)]
-    verdicts += [judge_trace(situation), judge_graphs(situation)]
-    verdicts += judge_algebra(situation)
+    verdicts += [judge_trace(situation), *judge_tier(situation, tier, compiled=compiled)]
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
     estimate = estimate_memory(

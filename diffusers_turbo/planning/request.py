@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..facts.device import DeviceFacts
     from ..facts.pipeline import PipelineFacts
 
+TIERS = ("instant", "compiled", "fastest")
 DTYPES = ("keep", "auto", "float16", "bfloat16", "float32")
 
 
@@ -27,6 +28,7 @@ class Request:
         vram_budget: bytes, or text such as "6GB", that the plan may use at most; None is what is free.
         dtype: "keep", "auto", "float16", "bfloat16" or "float32".
         exact: whether switches that change the picture beyond rounding are forbidden.
+        tier: "instant", "compiled", "fastest" (one of the two, by `images`), or None.
     """
 
     height: int | None = None
@@ -36,12 +38,15 @@ class Request:
     vram_budget: int | str | None = None
     dtype: str = "keep"
     exact: bool = False
+    tier: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget, name="vram_budget"))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.dtype not in DTYPES:
             raise _refuse("dtype", self.dtype, f"one of {', '.join(DTYPES)}", 'use "keep" or "auto"')
+        if self.tier not in (None, *TIERS):
+            raise _refuse("tier", self.tier, f"one of {', '.join(TIERS)}, or None", 'use "fastest", or leave it out')
         for name in ("height", "width", "batch_size", "images"):
             value = getattr(self, name)
             if value is None and name != "batch_size":

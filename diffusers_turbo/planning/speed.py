@@ -17,7 +17,6 @@ from .options import (
     CompileTransformer,
     CompileUNet,
     CompileVAE,
-    CUDAGraphs,
     FusedQKV,
     HalfPrecision,
     NaiveAttention,
@@ -31,14 +30,16 @@ from .units import gib
 
 if TYPE_CHECKING:
     from ..facts.device import DeviceFacts
+    from .tiers import Tier
 
 _FORMAT = {"float16": "fp16", "bfloat16": "bf16"}
-# diffusers' and this package's processors that change nothing but how the same attention is computed
-_PLAIN_PROCESSORS = (
+PLAIN_PROCESSORS = (
     *("AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0", "SlicedAttnProcessor"),
     *("XFormersAttnProcessor", "FusedAttnProcessor2_0", "NaiveAttnProcessor", "SDPAAttnProcessor"),
     *("SlicedAttnAddedKVProcessor", "XFormersAttnAddedKVProcessor"),
 )
+"""diffusers' and this package's processors that change nothing but how the same attention is computed."""
+
 _SDPA_PROCESSORS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0", "FusedAttnProcessor2_0", "SDPAAttnProcessor")
 _MIN_ACCELERATE = (1, 13)
 
@@ -118,8 +119,8 @@ def judge_attention(situation: Situation, dtype: str) -> list[Verdict]:
     )
     fused = device.fused_sdpa(dtype)
     how = "predicted from the SM level" if device.kernels_predicted else "each ran here"
-    foreign = sorted(set(facts.processors) - set(_PLAIN_PROCESSORS))
-    if foreign and not set(facts.processors) & set(_PLAIN_PROCESSORS):
+    foreign = sorted(set(facts.processors) - set(PLAIN_PROCESSORS))
+    if foreign and not set(facts.processors) & set(PLAIN_PROCESSORS):
         reason = f"The processors in force ({', '.join(foreign)}) are the model's own and stay."
         return [naive, leave(SDPAAttention(), reason), leave(XFormersAttention(), reason)]
     xformers = tuple(name for name, dtypes in device.xformers_kernels.items() if dtype in dtypes)
@@ -159,8 +160,8 @@ def judge_tf32(situation: Situation, dtype: str) -> Verdict:
     return leave(TF32(), f"{TF32.lossy_reason}: call enable_tf32() yourself if you accept that.")
 
 
-def judge_compile(situation: Situation, others: Sequence[Options]) -> list[Verdict]:
-    """Decide on compiling denoiser and VAE: where it is possible, and when the pictures pay for it."""
+def judge_compile(situation: Situation, others: Sequence[Options], tier: Tier) -> list[Verdict]:
+    """Decide on compiling denoiser and VAE: where it is possible, and when the pictures or a tier ask for it."""
     facts = situation.pipeline
     kinds = {"unet": CompileUNet(), "transformer": CompileTransformer()}
     verdicts = []
@@ -168,22 +169,26 @@ def judge_compile(situation: Situation, others: Sequence[Options]) -> list[Verdi
         if name != facts.denoiser:
             verdicts.append(leave(option, f"{facts.class_name} has no {name}."))
         else:
-            verdicts.append(_judge_one_compile(situation, option, others))
+            verdicts.append(_judge_one_compile(situation, option, others, tier))
     if facts.vae is None:
         verdicts.append(leave(CompileVAE(), f"{facts.class_name} has no VAE."))
     else:
-        verdicts.append(_judge_one_compile(situation, CompileVAE(), others))
+        verdicts.append(_judge_one_compile(situation, CompileVAE(), others, tier))
     return verdicts
 
 
-def _judge_one_compile(situation: Situation, option: Options, others: Sequence[Options]) -> Verdict:
+def _judge_one_compile(situation: Situation, option: Options, others: Sequence[Options], tier: Tier) -> Verdict:
     facts, images = situation.pipeline, situation.request.images
     name = "vae" if isinstance(option, CompileVAE) else facts.denoiser
     part = facts.component(name)
-    if trouble := _compile_trouble(situation, name, others):
+    if trouble := compile_trouble(situation, name, others):
         return leave(option, trouble)
     if clashes := conflicts_with(option, others):
         return leave(option, f"Not beside {clashes[0]}.")
+    if tier.name == "compiled":
+        return take(option, f"It goes under the graphs ({tier.reason}).")
+    if tier.name == "instant":
+        return leave(option, f"The instant tier does without a compiler ({tier.reason}).")
     gain = gains.COMPILE_GAINS.get(facts.family)
     if gain is None:
         size = f"{part.parameter_count / 1e6:.0f} M parameters" if part else "this size"
@@ -206,7 +211,8 @@ def _judge_one_compile(situation: Situation, option: Options, others: Sequence[O
     return take(option, f"{images} pictures are more than the {gain.break_even_images} that pay for it: {numbers}.")
 
 
-def _compile_trouble(situation: Situation, name: str, others: Sequence[Options]) -> str | None:
+def compile_trouble(situation: Situation, name: str, others: Sequence[Options]) -> str | None:
+    """Say why a component can't be compiled here, None where it can."""
     facts, device = situation.pipeline, situation.device
     if device.device_type != "cuda":
         return f"Compiling was not measured on {device.name}."
@@ -233,7 +239,7 @@ def _version(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
-def judge_layout(situation: Situation, dtype: str, compiled: bool) -> Verdict:
+def judge_layout(situation: Situation, dtype: str, compiled: bool, tier: Tier) -> Verdict:
     """Decide on channels-last: from what was measured for this family, eager or compiled."""
     facts, device = situation.pipeline, situation.device
     option = ChannelsLast()
@@ -248,6 +254,8 @@ def judge_layout(situation: Situation, dtype: str, compiled: bool) -> Verdict:
         return leave(option, f"It pays on tensor cores, which {device.name} has not.")
     if dtype == "float32":
         return leave(option, "It pays for half precision on tensor cores; the denoiser runs in float32.")
+    if tier.name == "instant":
+        return take(option, f"The fused kernels work in this layout ({tier.reason}).")
     gain = gains.LAYOUT_GAINS.get(facts.family)
     if gain is None:
         return leave(option, f"Not measured for a UNet of this shape ({facts.family}).")
@@ -316,15 +324,4 @@ def judge_trace(situation: Situation) -> Verdict:
         option,
         f"Python between the kernels is a visible share for a UNet of {size / 1e6:.0f} M parameters on a CPU: "
         f"{plain} to {traced} s a picture (emoji model, 20 steps).",
-    )
-
-
-def judge_graphs(situation: Situation) -> Verdict:
-    """Decide on CUDA graphs: what is decided without a measurement is to leave them to the user."""
-    option, device = CUDAGraphs(), situation.device
-    if device.device_type != "cuda":
-        return leave(option, f"Graphs are recorded on CUDA devices only; this is {device.name}.")
-    return leave(
-        option,
-        "It spares the launches one by one, but this package has not measured it on a GPU yet; throw it yourself.",
     )

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions.guidance import DOUBLING, OnOneHalf
+from diffusers_turbo.actions.guidance import OnOneHalf
 from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.parity import distance
+from diffusers_turbo.planning.options import DOUBLING_PIPELINES
 from tests import tiny
 from tests.algebra.changing import between_steps, no_more_guidance
 from tests.controlled import controlled, controlled_picture
@@ -74,7 +75,7 @@ def run(pipe: Any, **arguments: Any) -> torch.Tensor:
     return pipe(**given, generator=torch.Generator().manual_seed(0)).images
 
 
-@pytest.mark.parametrize("name", DOUBLING)
+@pytest.mark.parametrize("name", DOUBLING_PIPELINES)
 def test_these_pipelines_double_their_latents(name):
     """What the switch relies on, seen from outside: under guidance the UNet's input is two equal halves."""
     pipe, samples = make(name), []

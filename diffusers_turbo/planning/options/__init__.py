@@ -17,6 +17,7 @@ from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVA
 from .memory import OFFLOAD_TYPES, GroupOffload, ModelOffload, SequentialOffload, VAESlicing, VAETiling
 from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
 from .speed import (
+    DOUBLING_PIPELINES,
     SYNC_FREE_SCHEDULERS,
     CUDAGraphs,
     FusedKernels,
@@ -31,6 +32,7 @@ from .speed import (
 __all__ = [
     "ACTIONS",
     "COMPILE_MODES",
+    "DOUBLING_PIPELINES",
     "HALF_DTYPES",
     "OFFLOAD_TYPES",
     "SDPA_BACKENDS",

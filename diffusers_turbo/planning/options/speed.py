@@ -31,6 +31,14 @@ class FusedKernels(Options):
             raise self._refuse("group_norm", "at least one of the kernels", "leave one of them on")
 
 
+DOUBLING_PIPELINES = (
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
+    "StableDiffusionControlNetInpaintPipeline",
+)
+"""Pipelines whose UNet input is two equal halves under guidance (`tests/algebra/test_guidance.py` looks at it)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyncFreeLoop(Options):
     """Step the scheduler with timesteps from host memory, so that the host never waits for the GPU in the loop."""

@@ -1,0 +1,176 @@
+"""Tiers: thrown only when asked for, whole where they fit, and the choice between them from measured figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+
+from diffusers_turbo import DeviceFacts, Plan, auto_optimize, plan
+from diffusers_turbo.errors import InvalidOptionError
+from diffusers_turbo.facts.pipeline import read_pipeline
+from diffusers_turbo.graphs.capture import CAPTURES
+from diffusers_turbo.parity import distance
+from diffusers_turbo.planning.gains import TIER_GAINS
+from diffusers_turbo.planning.planner import make_plan
+from diffusers_turbo.planning.request import Request
+from tests import tiny
+from tests.fused.on_cpu import plain_kernels
+from tests.graphs.fake import FakeCapture
+from tests.planning.architectures import facts_of
+from tests.state import differences, state_of
+
+H100 = DeviceFacts.card("H100")
+ONLY_OF_TIERS = {
+    *("enable_cuda_graphs", "enable_sync_free_loop", "enable_fused_kernels", "enable_shared_guidance"),
+    *("enable_prompt_projections", "enable_time_projections", "enable_vae_upcast_copy", "enable_pointwise_matmul"),
+}
+
+
+def taken(made: Plan) -> set[str]:
+    return {step.action for step in made.steps}
+
+
+def reason(made: Plan, action: str) -> str:
+    return next(item.reason for item in (*made.steps, *made.rejected) if item.action == action)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart"])
+def test_without_a_tier_nothing_of_one_is_taken(name):
+    made = plan(facts_of(name), H100, images=10_000)
+    assert taken(made) & ONLY_OF_TIERS == set()
+    assert "this package has not measured it on a GPU yet" in reason(made, "enable_cuda_graphs")
+
+
+def test_instant_on_sd15():
+    made = plan(facts_of("sd15"), H100, tier="instant", images=10_000)
+    assert taken(made) >= ONLY_OF_TIERS - {"enable_vae_upcast_copy", "enable_pointwise_matmul"} | {
+        "enable_channels_last",
+        "fuse_qkv_projections",
+    }
+    assert not any(action.startswith("compile") for action in taken(made))
+    assert all(step.exact for step in made.steps)
+    assert "does without a compiler" in reason(made, "compile_unet")
+    assert "decodes in the dtype its VAE has" in reason(made, "enable_vae_upcast_copy")
+
+
+def test_compiled_on_sdxl():
+    made = plan(facts_of("sdxl"), H100, tier="compiled")
+    assert taken(made) >= {"compile_unet", "compile_vae", "enable_cuda_graphs", "enable_vae_upcast_copy"}
+    assert "enable_fused_kernels" not in taken(made)
+    assert "The compiler fuses the same passes itself" in reason(made, "enable_fused_kernels")
+    assert "two equal halves is not known" in reason(made, "enable_shared_guidance")
+    order = [step.action for step in made.steps]
+    assert order.index("compile_unet") < order.index("enable_cuda_graphs") < order.index("enable_prompt_projections")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_fastest_compiles_from_the_break_even_on_and_states_it(family):
+    pays = TIER_GAINS[family].break_even_images
+    few, many = (plan(facts_of(family), H100, tier="fastest", images=images) for images in (pays - 1, pays))
+    assert "compile_unet" not in taken(few)
+    assert "compile_unet" in taken(many)
+    for made in (few, many, plan(facts_of(family), H100, tier="fastest")):
+        assert f"compiling pays from {pays} pictures on" in reason(made, "compile_unet")
+        assert "enable_cuda_graphs" in taken(made)
+
+
+def test_the_break_even_is_where_both_are_done_at_the_same_time():
+    for gain in TIER_GAINS.values():
+        for images, compiled_is_sooner in ((gain.break_even_images, True), (gain.break_even_images - 1, False)):
+            instant = gain.instant_first_s + images * gain.instant_ms / 1000
+            compiled = gain.compiled_first_s + images * gain.compiled_ms / 1000
+            assert (compiled < instant) == compiled_is_sooner
+
+
+def test_figures_are_those_of_their_file():
+    rows = json.loads(Path("docs/benchmarks/prototypes-h100.json").read_text())["rows"]
+    for row in rows:
+        gain, tier = TIER_GAINS[row["family"]], row["tier"]
+        assert getattr(gain, f"{tier}_ms") == row["picture_ms"]
+        assert getattr(gain, f"{tier}_first_s") == row["first_image_s"]
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        (DeviceFacts.card("P100"), "Triton needs SM 7.0"),
+        (dataclasses.replace(H100, cxx_compiler=False), "There is no C++ compiler"),
+    ],
+)
+def test_compiled_where_nothing_compiles_is_instant(device, why):
+    made = plan(facts_of("sd15"), device, tier="compiled")
+    assert "enable_cuda_graphs" in taken(made)
+    assert "compile_unet" not in taken(made)
+    assert re.search(f"not compiled: .*{why}", reason(made, "enable_cuda_graphs"), re.IGNORECASE)
+
+
+def test_no_tier_where_weights_move_or_there_is_no_nvidia_gpu():
+    small = plan(facts_of("sdxl"), H100, tier="instant", vram_budget="3GB")
+    assert any("offload" in action for action in taken(small))
+    assert taken(small) & ONLY_OF_TIERS == set()
+    assert "not beside enable_" in reason(small, "enable_cuda_graphs")
+    cpu = dataclasses.replace(H100, device_type="cpu", sm=None, name="a CPU")
+    assert taken(plan(facts_of("sd15"), cpu, tier="fastest")) & ONLY_OF_TIERS == set()
+
+
+def lcm() -> Any:
+    pipe = tiny.sd()
+    pipe.unet = tiny.unet(time_cond_proj_dim=8)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def text_projection() -> Any:
+    pipe = tiny.sd()
+    pipe.unet = tiny.unet(encoder_hid_dim=tiny.CONTEXT, encoder_hid_dim_type="text_proj")
+    return pipe
+
+
+def classes() -> Any:
+    pipe = tiny.sd()
+    pipe.unet = tiny.unet(class_embed_type="timestep")
+    return pipe
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart, lcm, text_projection, classes])
+@pytest.mark.parametrize("tier", ["instant", "compiled"])
+def test_what_is_planned_can_be_applied(make, tier, monkeypatch):
+    """On every kind of denoiser: a plan takes nothing that its action then refuses. The CPU stands for the GPU."""
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    plain_kernels(monkeypatch)
+    pipe = make()
+    made = plan(pipe, H100, tier=tier)
+    monkeypatch.setattr("diffusers_turbo.entry.make_plan", lambda *args, **kwargs: made)
+    before = state_of(pipe)
+    auto_optimize(pipe)
+    assert {lever.action for lever in pipe.turbo_report().levers} >= taken(made)
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
+def test_the_instant_tier_draws_stocks_picture(make, monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    plain_kernels(monkeypatch)
+    pipe = make()
+    stock = tiny.picture(pipe, steps=4)
+    facts = read_pipeline(make().to(torch.float16))
+    made = make_plan(facts, H100, Request(tier="instant"))
+    made = dataclasses.replace(made, steps=tuple(s for s in made.steps if s.action != "enable_vae_upcast_copy"))
+    monkeypatch.setattr("diffusers_turbo.entry.make_plan", lambda *args, **kwargs: made)
+    auto_optimize(pipe)
+    for _ in range(2):
+        assert distance(tiny.picture(pipe, steps=4), stock).psnr_db >= 90
+
+
+def test_a_wrong_tier_is_refused():
+    with pytest.raises(InvalidOptionError, match="tier = 'turbo'; needed: one of instant, compiled, fastest, or None"):
+        plan(facts_of("sd15"), H100, tier="turbo")
