@@ -186,3 +186,9 @@ def test_where_a_kernel_runs_is_known_beforehand(monkeypatch, runs_here):
     assert kernel.places() == {("cuda", torch.float16), ("cuda", torch.float32)}
     monkeypatch.setattr(base, "triton_reasons", lambda: ("Triton is not installed",))
     assert kernel.places() == frozenset()
+
+
+def test_plans_know_where_the_kernels_start():
+    from diffusers_turbo.planning.kernels import LOWEST_SM
+
+    assert {kernel.limits.lowest_sm for kernel in KERNELS.values()} == {LOWEST_SM}
