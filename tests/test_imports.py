@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "errors": set(),
     "parity": set(),
     "report": set(),
+    "trusted": {"errors"},
     "facts": {"errors"},
     "planning": {"errors", "facts"},
     "attention": {"errors"},
