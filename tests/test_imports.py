@@ -63,15 +63,16 @@ MAY_IMPORT = {
     "attention": {"errors"},
     "kernels": {"errors"},
     "graphs": {"errors"},
+    "exported": {"errors", "facts", "graphs", "trusted"},
     "schedulers": set(),
-    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "mixin"},
+    "actions": {"errors", "facts", "planning", "attention", "schedulers", "graphs", "exported", "mixin", "trusted"},
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs
     "verification": {"errors", "facts", "planning", "actions", "copying", "parity", "entry"},
     "looking": {"actions", "report", "verification"},
     "switching": {"actions", "planning"},
     "looping": {"planning", "switching"},
-    "compiling": {"planning", "switching"},
+    "compiling": {"actions", "planning", "switching"},
     "mixin": {"actions", "compiling", "copying", "looking", "looping", "planning"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "verification"},
 }

@@ -7,7 +7,20 @@ from typing import Any
 from ..planning import options as opt
 from ..planning.options import Options
 from ..planning.plan import Plan
-from . import attention, compiling, graphs, layout, offload, precision, projections, scheduler, tf32, tracing, vae
+from . import (
+    attention,
+    compiling,
+    exporting,
+    graphs,
+    layout,
+    offload,
+    precision,
+    projections,
+    scheduler,
+    tf32,
+    tracing,
+    vae,
+)
 from .ledger import Apply, close_ledger, open_ledger
 from .undo import Journal
 
@@ -31,6 +44,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.CompileTransformer: compiling.apply,
     opt.CompileVAE: compiling.apply,
     opt.TraceUNet: tracing.apply,
+    opt.LoadExportedUNet: exporting.apply,
     opt.CUDAGraphs: graphs.apply,
 }
 """The function behind each kind of options."""

@@ -32,6 +32,7 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "attention": ("trace",),
     "offload": ("trace",),
     "compile_unet": ("graphs",),
+    "exported": ("graphs",),
     "compile_transformer": ("graphs",),
     "compile_vae": ("graphs",),
 }

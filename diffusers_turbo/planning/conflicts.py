@@ -12,6 +12,7 @@ from .options import (
     CUDAGraphs,
     FusedQKV,
     GroupOffload,
+    LoadExportedUNet,
     ModelOffload,
     Options,
     SequentialOffload,
@@ -31,6 +32,7 @@ SLOT_ORDER: dict[str, str] = {
     "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",
     "trace": "last: a trace freezes what it sees",
+    "exported": "last: its code was made of the module as it then is",
     "graphs": "over everything: a graph records what all the other switches make the modules do",
 }
 """Slot -> why it stands where it stands. The order of the keys is the order in which switches are applied."""
@@ -86,6 +88,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(TraceUNet,),
         second=_STREAMING,
         reason="a trace holds the weights it was made with, so nothing is left to be streamed",
+    ),
+    Conflict(
+        first=(LoadExportedUNet,),
+        second=(CompileUNet, TraceUNet),
+        reason="both stand in for the UNet's own call",
+    ),
+    Conflict(
+        first=(LoadExportedUNet,),
+        second=(ModelOffload, *_STREAMING),
+        reason="offload moves weights in the middle of a call, and exported code reads them where they were",
     ),
     Conflict(
         first=(CompileVAE,),
