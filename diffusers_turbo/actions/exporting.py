@@ -181,9 +181,9 @@ def _fitting_package(unet: nn.Module, path: str) -> Package:
 def _require_own_call(unet: nn.Module, tried: str) -> None:
     """Refuse a UNet whose call somebody else stands in for."""
     found = why_not_capturable(unet)
-    if vars(unet).get(COMPILED) is not None:
+    if found is None and vars(unet).get(COMPILED) is not None:
         found = f"a {type(unet).__name__} that is compiled, exported or under graphs already"
-    elif "forward" in vars(unet):
+    elif found is None and "forward" in vars(unet):
         found = f"a {type(unet).__name__} whose forward is replaced (a trace, a hook)"
     if found:
         raise NotSupportedError(explain_failure(tried, found, "a plain eager UNet", "switch that off first"))

@@ -106,10 +106,10 @@ class ExportedCall:
             self._alive = [tensor.detach() for tensor in tensors_of(self.module).values()]
 
     def _why_not(self) -> str | None:
-        if "forward" in vars(self.module):
-            return "the UNet's forward was replaced (a trace, a hook)"
         if reason := why_not_capturable(self.module):
             return reason
+        if "forward" in vars(self.module):
+            return "the UNet's forward was replaced (a trace, a hook)"
         devices = {tensor.device.type for tensor in tensors_of(self.module).values()}
         if devices != {self.package.card.machine["device"]}:
             return f"the UNet is on {', '.join(sorted(devices))}, exported on {self.package.card.machine['device']}"
