@@ -1,8 +1,8 @@
 """The file: one `.pt2` of AOTInductor with compiled code and a card, and no weights.
 
-The weights are those of the module that the code is loaded for, read where they lie. Left to itself, Inductor takes
-values of weights into the code in three places: as packaged constants, as uniform values that it folds, and as vectors
-of up to eight elements that it writes out (a UNet's `conv_out.bias`). `SETTINGS` closes all three.
+The weights are those of the module that the code is loaded for, read where they lie. Left to itself, Inductor
+packages them, writes vectors of up to eight elements out as numbers (a UNet's `conv_out.bias`), and may fold what it
+computes from uniform ones. `SETTINGS` closes all three (docs/decisions/ahead-of-time.md).
 """
 
 from __future__ import annotations
