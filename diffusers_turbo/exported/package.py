@@ -31,6 +31,9 @@ SUFFIX = ".pt2"
 KEY = "diffusers_turbo"
 """Name of the card in the package's metadata."""
 
+MODEL = "model"
+"""torch's name of the only model in a package."""
+
 PREFIX = "unet."
 """What stands before the names of the UNet's weights: the exported module holds it under this name."""
 
@@ -54,28 +57,33 @@ class Package:
     def load(self, device: torch.device) -> Runner:
         """Load the code into this process, for weights on `device`."""
         index = -1 if device.index is None else device.index
-        # from the bytes that were looked at: a path could lead to another file by now
-        return Runner(torch._inductor.aoti_load_package(io.BytesIO(self.data), True, index))
+        # The loader itself, since torch._inductor.aoti_load_package asks for the CPU's instruction sets by compiling
+        # test programs; `machine` has compared them. And the bytes that were looked at: a path may lead elsewhere now.
+        with tempfile.NamedTemporaryFile(suffix=SUFFIX) as file:
+            file.write(self.data)
+            file.flush()
+            return Runner(torch._C._aoti.AOTIModelPackageLoader(file.name, MODEL, True, 1, index))
 
 
 class Runner:
     """Loaded code, bound to weights that somebody else owns."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Let the code read these tensors, by the UNet's names, where they lie.
 
         The code does not keep them alive: whoever calls `run` has to.
         """
-        names = self.model.get_constant_fqns()
+        names = self.loader.get_constant_fqns()
         borrowed = {name: _borrowed(tensors[name.removeprefix(PREFIX)]) for name in names}
-        self.model.load_constants(borrowed, check_full_update=True, user_managed=True)
+        # use_inactive, check_full_update, user_managed
+        self.loader.load_constants(borrowed, False, True, True)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Compute the sample `[B, C, H, W]`."""
-        output: Tensor = self.model(*inputs)
+        output: Tensor = self.loader.run(list(inputs))[0]
         return output
 
 

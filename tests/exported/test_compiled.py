@@ -116,6 +116,15 @@ def test_code_holds_no_weights_and_keeps_none_alive(twins, path):
     assert "_compiled_call_impl" not in vars(twins.ours.unet)
 
 
+def test_loading_compiles_nothing(path, monkeypatch):
+    """torch's own way to load a package finds out the CPU's instruction sets by compiling test programs."""
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: pytest.fail("a test program was compiled"))
+    pipe = turbo(small_xl())
+    pipe.load_exported_unet(path)
+    tiny.picture(pipe)
+    assert "2 calls as exported" in str(pipe.turbo_report())
+
+
 def test_two_levels_of_stable_diffusion_are_exported_for_every_size():
     """Without Inductor: the constraints of a UNet that halves its latent, and one input less than SDXL's."""
     unet = tiny.sd().unet
