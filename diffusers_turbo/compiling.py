@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from .actions import exporting
 from .planning import options as opt
 from .switching import Switching
 
 
 class Compiles(Switching):
-    """Part of TurboMixin: torch.compile and torch.jit.trace, in place and reversible."""
+    """Part of TurboMixin: torch.compile, torch.jit.trace and AOTInductor, in place and reversible."""
 
     def compile_unet(
         self,
@@ -120,3 +122,53 @@ class Compiles(Switching):
     def untrace_unet(self) -> None:
         """Switch `trace_unet` off."""
         self._disable("trace_unet")
+
+    def export_unet(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        dynamic: bool = True,
+    ) -> Path:
+        """Compile the UNet ahead of time and write it, without weights, for `load_exported_unet` in other processes.
+
+        Takes minutes and changes nothing of the pipeline. The file holds native code for this kind of GPU, this CPU and
+        these versions of torch and diffusers; it is checked against the UNet itself before it is written.
+
+        Args:
+            path: the file, ending in ".pt2"; one that is there is replaced.
+            height, width: pixels of the pictures that the code is tuned for; by default the model's own.
+            batch_size: pictures per call that it is tuned for.
+            dynamic: leave batch, height, width and length of the prompt open; if not, only the given ones run.
+
+        Returns:
+            the file's absolute path.
+
+        Raises:
+            InvalidOptionError: a size that is no multiple of 8, or a path that can't be written.
+            NotSupportedError: adapters, hooks, processors or inputs that can't be exported.
+            ActionFailedError: torch.export or AOTInductor failed.
+        """
+        return exporting.export_unet(self, path, height=height, width=width, batch_size=batch_size, dynamic=dynamic)
+
+    def load_exported_unet(self, path: str | os.PathLike[str]) -> None:
+        """Exact: run the UNet as code that `export_unet` compiled ahead of time, on this pipeline's own weights.
+
+        Loading takes a fraction of a second and no second copy of the weights. Changes of weights, in place or by
+        exchange, are in the next picture. A call that the code was not made for (another dtype, ControlNet, adapters,
+        other processors) runs the UNet itself, and the report says why. The file runs native code: it has to be your
+        own, and nobody else may be able to write to it.
+
+        Args:
+            path: what `export_unet` wrote.
+
+        Raises:
+            NotSupportedError: a file that is broken, not to be trusted, or made for another UNet, machine or version.
+        """
+        self._enable(opt.LoadExportedUNet(path=os.fspath(path)))
+
+    def unload_exported_unet(self) -> None:
+        """Switch `load_exported_unet` off."""
+        self._disable("load_exported_unet")

@@ -65,10 +65,11 @@ MAY_IMPORT = {
     "fused": {"kernels"},
     "graphs": {"errors"},
     "compilation": {"errors", "trusted"},
+    "exported": {"errors", "facts", "graphs", "trusted"},
     "schedulers": set(),
     "actions": {
         *("errors", "facts", "planning", "attention", "schedulers", "graphs", "kernels", "fused", "compilation"),
-        *("mixin", "trusted"),
+        *("exported", "mixin", "trusted"),
     },
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs
@@ -77,7 +78,7 @@ MAY_IMPORT = {
     "switching": {"actions", "planning"},
     "looping": {"planning", "switching"},
     "algebra": {"planning", "switching"},
-    "compiling": {"planning", "switching"},
+    "compiling": {"actions", "planning", "switching"},
     "mixin": {"actions", "algebra", "compiling", "copying", "looking", "looping", "planning"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "verification"},
 }

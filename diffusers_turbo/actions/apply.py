@@ -10,6 +10,7 @@ from ..planning.plan import Plan
 from . import (
     attention,
     compiling,
+    exporting,
     fused_kernels,
     graphs,
     guidance,
@@ -51,6 +52,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.CompileTransformer: compiling.apply,
     opt.CompileVAE: compiling.apply,
     opt.TraceUNet: tracing.apply,
+    opt.LoadExportedUNet: exporting.apply,
     opt.CUDAGraphs: graphs.apply,
     opt.PointwiseMatmul: pointwise.apply,
     opt.PromptProjections: prompt.apply,

@@ -36,6 +36,7 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "offload": ("trace",),
     "pointwise": ("offload", "trace"),
     "compile_unet": _OVER_A_CALL,
+    "exported": _OVER_A_CALL,
     "compile_transformer": _OVER_A_CALL,
     "compile_vae": _OVER_A_CALL,
     "graphs": ("time", "prompt", "guidance"),

@@ -18,38 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import NotSupportedError, explain_failure
+from ..exported.inputs import ADDED
 from ..graphs.watch import NUMBERS
 from ..planning.options import TraceUNet
 from .components import component, require_plain_weights
 from .undo import Journal, journaling
+from .unet_inputs import RELATIVE_TOLERANCE, TensorsOnly, example_inputs, relative_distance
 
 logger = logging.getLogger("diffusers_turbo")
 
 TRIED = "trace_unet()"
-
-RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest |traced - eager| / |eager|. Tracing runs the same kernels; what is left is the fuser's reordering of
-pointwise operations, a few units in the last place of each dtype over the depth of a UNet."""
-
-
-class _TensorsOnly(nn.Module):
-    """The UNet with tensors in and a tensor out, which is all that torch.jit.trace can see."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *added: Tensor) -> Tensor:
-        """Run the UNet; `added` are SDXL's pooled text embeddings and time ids."""
-        kwargs = {"added_cond_kwargs": dict(zip(ADDED, added, strict=True))} if added else {}
-        output: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False, **kwargs)[0]
-        return output
-
-
-ADDED = ("text_embeds", "time_ids")
 
 
 class TracedForward:
@@ -155,38 +136,6 @@ def what_a_trace_bakes_in(unet: nn.Module) -> list[Any]:
     return baked
 
 
-def example_inputs(unet: Any, options: TraceUNet, *, other: bool = False) -> tuple[Tensor, ...]:
-    """Make inputs of the traced size and batch; with `other`, of a larger size and one row more.
-
-    Returns sample `[2B, C, H/8, W/8]` (guidance doubles the batch), timestep `[]`, context `[2B, 77, D]`, and for SDXL
-    pooled text embeddings `[2B, P]` and time ids `[2B, 6]`.
-    """
-    config, parameter = unet.config, next(unet.parameters())
-    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    height, width = (options.height or side * 8) // 8, (options.width or side * 8) // 8
-    rows = 2 * options.batch_size
-    if other:
-        # Whole multiples of the coarsest level, so that no resolution is rounded on the way down.
-        coarsest = 2 ** (len(config.block_out_channels) - 1)
-        height, width, rows = height + coarsest, width + 2 * coarsest, rows + 1
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
-
-    context = config.cross_attention_dim
-    width_of_context = context if isinstance(context, int) else context[0]
-    inputs = [
-        draw(rows, config.in_channels, height, width),
-        torch.tensor(500, device=parameter.device),
-        draw(rows, 77, width_of_context),
-    ]
-    if getattr(config, "addition_embed_type", None) == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs += [draw(rows, pooled), draw(rows, 6)]
-    return tuple(inputs)
-
-
 def traced_module(unet: nn.Module, options: TraceUNet) -> Any:
     """Trace the UNet at the size and batch of `options`."""
     was_training = unet.training
@@ -197,7 +146,9 @@ def traced_module(unet: nn.Module, options: TraceUNet) -> Any:
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         try:
             return torch.jit.trace(  # type: ignore[no-untyped-call]
-                _TensorsOnly(unet.eval()), example_inputs(unet, options), check_trace=False
+                TensorsOnly(unet.eval()),
+                example_inputs(unet, options.height, options.width, options.batch_size),
+                check_trace=False,
             )
         finally:
             unet.train(was_training)
@@ -214,10 +165,8 @@ def load_trace(unet: nn.Module, options: TraceUNet) -> Any:
 
 def distance_from_eager(unet: nn.Module, traced: Any, options: TraceUNet) -> float:
     """Return |traced - eager| / |eager| on inputs of a size and batch that were not traced."""
-    inputs = example_inputs(unet, options, other=True)
-    with torch.no_grad():
-        eager, ours = _TensorsOnly(unet)(*inputs).float(), traced(*inputs).float()
-    return float((ours - eager).norm() / eager.norm())
+    inputs = example_inputs(unet, options.height, options.width, options.batch_size, other=True)
+    return relative_distance(unet, traced, inputs)
 
 
 def _dtype(unet: nn.Module) -> torch.dtype:

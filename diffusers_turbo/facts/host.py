@@ -76,3 +76,14 @@ def _read_int(path: str) -> int | None:
         return int(Path(path).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets of the CPU as Linux names them; empty where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return frozenset()
+    # "flags" on x86, "Features" on Arm
+    found = (line.partition(":") for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next((flags for _, _, flags in found), "").split())

@@ -47,7 +47,8 @@ class Watch:
             for table in (state["_parameters"], state["_buffers"]):
                 for tensor in table.values():
                     if tensor is not None:
-                        found += (tensor.data_ptr(), tensor.dtype)
+                        # an address that was freed comes back, and then under another shape
+                        found += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             names = _WATCHED.intersection(state)
             if "processor" in children:  # one with weights is a module
                 names |= {"processor"}

@@ -12,6 +12,7 @@ from .options import (
     CUDAGraphs,
     FusedQKV,
     GroupOffload,
+    LoadExportedUNet,
     ModelOffload,
     Options,
     PromptProjections,
@@ -38,6 +39,7 @@ SLOT_ORDER: dict[str, str] = {
     "scheduler": "a concern of its own: the scheduler holds no weights and is in no graph",
     "compile": "last: what is compiled is the module with every other switch on it",
     "trace": "last: a trace freezes what it sees",
+    "exported": "last: its code was made of the module as it then is",
     "graphs": "over all that is recorded: a graph holds what the other switches make the modules do",
     "time": "over graphs: what it makes of the timesteps is their input",
     "prompt": "over graphs: what it makes of the prompt is their input",
@@ -98,6 +100,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         reason="a trace holds the weights it was made with, so nothing is left to be streamed",
     ),
     Conflict(
+        first=(LoadExportedUNet,),
+        second=(CompileUNet, TraceUNet),
+        reason="both stand in for the UNet's own call",
+    ),
+    Conflict(
+        first=(LoadExportedUNet,),
+        second=(ModelOffload, *_STREAMING),
+        reason="offload moves weights in the middle of a call, and exported code reads them where they were",
+    ),
+    Conflict(
         first=(CompileVAE,),
         second=(VAETiling,),
         reason="tiles at the border have other sizes, and each size would be compiled anew",
@@ -125,8 +137,8 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         first=(TimeProjections, PromptProjections, SharedGuidance),
-        second=(TraceUNet,),
-        reason="a trace has the UNet's forward frozen as it was",
+        second=(TraceUNet, LoadExportedUNet),
+        reason="a trace or an export has the UNet's forward frozen as it was",
     ),
     Conflict(
         first=(VAEUpcastCopy,),

@@ -22,6 +22,7 @@ from .request import Request, Situation, Verdict, settle
 from .speed import (
     judge_attention,
     judge_compile,
+    judge_exported,
     judge_layout,
     judge_precision,
     judge_projections,
@@ -161,7 +162,8 @@ def _draft(situation: Situation, rung: Rung) -> _Draft:
     compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")
     layout = judge_layout(situation, dtype, compiled, tier)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
-    verdicts += [judge_trace(situation), *judge_tier(situation, tier, compiled=compiled)]
+    verdicts += [judge_trace(situation), judge_exported(situation)]
+    verdicts += judge_tier(situation, tier, compiled=compiled)
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
     estimate = estimate_memory(

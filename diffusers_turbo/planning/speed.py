@@ -19,6 +19,7 @@ from .options import (
     CompileVAE,
     FusedQKV,
     HalfPrecision,
+    LoadExportedUNet,
     NaiveAttention,
     Options,
     SDPAAttention,
@@ -324,4 +325,15 @@ def judge_trace(situation: Situation) -> Verdict:
         option,
         f"Python between the kernels is a visible share for a UNet of {size / 1e6:.0f} M parameters on a CPU: "
         f"{plain} to {traced} s a picture (emoji model, 20 steps).",
+    )
+
+
+def judge_exported(situation: Situation) -> Verdict:
+    """Decide on a UNet compiled ahead of time: no plan knows of a file to load."""
+    option, facts = LoadExportedUNet(), situation.pipeline
+    if facts.denoiser != "unet":
+        return leave(option, f"{facts.class_name} has no unet.")
+    return leave(
+        option,
+        "It needs a file that export_unet(path) makes once: load_exported_unet(path) then starts without compiling.",
     )

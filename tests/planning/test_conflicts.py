@@ -12,6 +12,7 @@ from diffusers_turbo.planning.options import (
     CompileVAE,
     GroupOffload,
     HalfPrecision,
+    LoadExportedUNet,
     ModelOffload,
     SDPAAttention,
     SequentialOffload,
@@ -47,6 +48,8 @@ def test_compiles_of_different_components_go_together():
         (CompileUNet(fullgraph=True), ModelOffload(), "fullgraph"),
         (CompileUNet(), TraceUNet(), "both replace"),
         (TraceUNet(), GroupOffload(), "holds the weights"),
+        (LoadExportedUNet(), CompileUNet(), "stand in for"),
+        (LoadExportedUNet(), ModelOffload(), "reads them where they were"),
         (CompileVAE(), VAETiling(), "compiled anew"),
     ],
 )

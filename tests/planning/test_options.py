@@ -57,6 +57,7 @@ def test_lossy_docstrings_say_so_on_their_first_line():
         ("compile_unet", {"dynamic": "yes"}, "dynamic = 'yes'"),
         ("trace_unet", {"height": 100}, "height = 100; needed: a positive multiple of 8"),
         ("trace_unet", {"save_path": "a", "load_path": "b"}, "save_path or load_path, not both"),
+        ("load_exported_unet", {"path": "unet.so"}, "path = 'unet.so'; needed: the path of a .pt2 file"),
         ("enable_spda", {}, r"no action of this name; needed: one of enable_sdpa"),
         ("enable_sdpa", {"backed": "flash"}, "no argument backed; needed: arguments among backend"),
         ("enable_tf32", {"on": True}, "no argument on; needed: no arguments"),

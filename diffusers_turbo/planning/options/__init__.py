@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import InvalidOptionError, explain_failure
 from ..base import Options
 from .attention import SDPA_BACKENDS, FusedQKV, NaiveAttention, SDPAAttention, SlicedAttention, XFormersAttention
-from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, TraceUNet
+from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, LoadExportedUNet, TraceUNet
 from .memory import OFFLOAD_TYPES, GroupOffload, ModelOffload, SequentialOffload, VAESlicing, VAETiling
 from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
 from .speed import (
@@ -47,6 +47,7 @@ __all__ = [
     "FusedQKV",
     "GroupOffload",
     "HalfPrecision",
+    "LoadExportedUNet",
     "ModelOffload",
     "NaiveAttention",
     "Options",
@@ -91,6 +92,7 @@ ACTIONS: dict[str, type[Options]] = {
         CompileTransformer,
         CompileVAE,
         TraceUNet,
+        LoadExportedUNet,
         CUDAGraphs,
         TimeProjections,
         PromptProjections,

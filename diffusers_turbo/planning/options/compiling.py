@@ -1,4 +1,4 @@
-"""What hands a component to a compiler: torch.compile and torch.jit.trace."""
+"""What hands a component to a compiler: torch.compile, torch.jit.trace and AOTInductor."""
 
 from __future__ import annotations
 
@@ -89,3 +89,19 @@ class TraceUNet(Options):
         self._check_flags("check")
         if self.save_path is not None and self.load_path is not None:
             raise self._refuse("load_path", "save_path or load_path, not both", "leave one of the two out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadExportedUNet(Options):
+    """Run the UNet as code that `export_unet(path)` compiled ahead of time; None names no file and loads nothing."""
+
+    action = "load_exported_unet"
+    slot = "exported"
+
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(self.path))
+        if self.path is not None and not (isinstance(self.path, str) and self.path.endswith(".pt2")):
+            raise self._refuse("path", "the path of a .pt2 file", "name what export_unet(path) wrote")
