@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .calls import CallOver
+from .calls import ScopedCallOver
 from .stripes import Forwards, State
 
 
@@ -102,7 +101,7 @@ class AheadCall(ABC):
 
 
 @dataclass
-class ComputesAhead(CallOver):
+class ComputesAhead(ScopedCallOver):
     """The change that puts such a call over a network's; also the call scope in which it acts."""
 
     kind: Callable[[nn.Module, Callable[..., Any], Forwards], AheadCall] | None = None
@@ -118,16 +117,3 @@ class ComputesAhead(CallOver):
         """Give layers and network their own forward and call back."""
         left = self.forwards.lift() if self.forwards else None
         return super().revert() or left
-
-    @contextmanager
-    def around_call(self, pipe: Any) -> Iterator[None]:
-        """Compute ahead inside the block."""
-        call = self.call
-        if call is None:
-            yield
-            return
-        call.enter_call(pipe)
-        try:
-            yield
-        finally:
-            call.leave_call()

@@ -7,7 +7,8 @@ ledger takes the outer ones off while an inner one changes (`ledger.WRAPPED_BY`)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,3 +69,21 @@ class CallOver(ABC):
     def after_copy(self) -> None:
         """Put a call over the copied module's."""
         self.install()
+
+
+@dataclass
+class ScopedCallOver(CallOver):
+    """One whose call is told when a call of the pipeline begins and ends; also that call scope."""
+
+    @contextmanager
+    def around_call(self, pipe: Any) -> Iterator[None]:
+        """Tell the call, if there is one: a copy may have none yet."""
+        call = self.call
+        if call is None:
+            yield
+            return
+        call.enter_call(pipe)
+        try:
+            yield
+        finally:
+            call.leave_call()

@@ -14,14 +14,13 @@ from torch import nn
 
 from ..compilation.call import WatchedCall, tell_of
 from ..errors import NotSupportedError, explain_failure
+from .calls import COMPILED
 from .compile_cache import CompileOptions, KeptOnDisk
 from .components import component
 from .undo import Journal, journaling
 
 LOWEST_SM = (7, 0)
 """Inductor's GPU code is Triton's, which starts at SM 7.0 (https://triton-lang.org/main/getting-started/installation.html)."""
-
-_COMPILED = "_compiled_call_impl"
 
 
 @dataclass
@@ -37,20 +36,20 @@ class CompiledCall:
         self.module.compile(**self.arguments)
         self.compiled = WatchedCall(
             self.module,
-            vars(self.module)[_COMPILED],
+            vars(self.module)[COMPILED],
             all_sizes=self.arguments["dynamic"] is None,
             must_compile=self.arguments["fullgraph"],
         )
-        setattr(self.module, _COMPILED, self.compiled)
+        setattr(self.module, COMPILED, self.compiled)
 
     def revert(self) -> str | None:
         """Take the compiled call off, unless somebody compiled the module anew."""
-        now = vars(self.module).get(_COMPILED)
+        now = vars(self.module).get(COMPILED)
         if now is None:
             return None
         if now is not self.compiled:
             return f"{type(self.module).__name__} was compiled anew meanwhile"
-        delattr(self.module, _COMPILED)
+        delattr(self.module, COMPILED)
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def apply(pipe: Any, options: CompileOptions) -> Journal:
     targets = _targets(root, options, tried)
     with journaling() as journal:
         for module in targets:
-            if vars(module).get(_COMPILED) is not None:
+            if vars(module).get(COMPILED) is not None:
                 raise NotSupportedError(
                     explain_failure(
                         tried, f"{type(module).__name__} compiled already", "an eager module", "uncompile it first"

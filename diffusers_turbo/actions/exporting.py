@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,31 +26,27 @@ from ..exported.program import bounds_for, export_program
 from ..graphs.watch import why_not_capturable
 from ..planning.options import LoadExportedUNet
 from ..trusted import reasons_not_to_trust
+from .calls import COMPILED, ScopedCallOver
 from .components import component, require_plain_weights
 from .undo import Journal, journaling
 from .unet_inputs import RELATIVE_TOLERANCE, TensorsOnly, example_inputs, relative_distance
 
 logger = logging.getLogger("diffusers_turbo")
 
-COMPILED = "_compiled_call_impl"
-"""Where `nn.Module` keeps a call that stands in for its own."""
-
 EXPORTABLE_PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0", "SDPAAttnProcessor")
 """Those that never hold the score matrix: it would outgrow the 32-bit indices of a GPU's compiled code."""
 
 
 @dataclass
-class ExportedUNet:
+class ExportedUNet(ScopedCallOver):
     """A UNet under exported code; also the call scope that has it looked at once a call of the pipeline."""
 
-    unet: nn.Module
-    path: str
-    call: Any = None
+    path: str = ""
     trouble: str | None = None
 
-    def install(self, package: Package) -> None:
-        """Load the code and put it over the UNet's call."""
-        device = next(self.unet.parameters()).device
+    def make(self, inner: Callable[..., Any]) -> ExportedCall:
+        """Load the code."""
+        package, device = _fitting_package(self.module, self.path), next(self.module.parameters()).device
         try:
             runner = package.load(device)
         except Exception as error:  # torch's loader, the dynamic linker, the driver: each raises its own type
@@ -59,50 +54,20 @@ class ExportedUNet:
             raise NotSupportedError(
                 explain_failure(_tried(self.path), in_one_line(error, 300), needed, "export the UNet anew, here")
             ) from error
-        self.call = ExportedCall(self.unet, package, runner)
-        setattr(self.unet, COMPILED, self.call)
-
-    def revert(self) -> str | None:
-        """Give the UNet its own call back and let the code go."""
-        call, self.call = self.call, None
-        if call is None:
-            return None
-        if vars(self.unet).get(COMPILED) is not call:
-            return f"the call of {type(self.unet).__name__} was replaced meanwhile"
-        delattr(self.unet, COMPILED)
-        return None
+        return ExportedCall(self.module, package, runner)
 
     def tell(self) -> list[str]:
         """Say how often the code ran, and why the UNet itself did if it did."""
-        if self.trouble:
-            return [f"this copy runs eagerly: {self.trouble}"]
-        return [] if self.call is None else [self.call.tell()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the code behind: it is bound to the weights of one UNet in one process."""
-        return {**vars(self), "call": None}
+        return [f"this copy runs eagerly: {self.trouble}"] if self.trouble else super().tell()
 
     def after_copy(self) -> None:
         """Load the file for the copy, which runs without it where that fails, and says so."""
         try:
-            self.install(_fitting_package(self.unet, self.path))
+            self.install()
             self.trouble = None
         except NotSupportedError as error:
             self.trouble = str(error)
             logger.warning("the copy of the pipeline runs its UNet eagerly: %s", error)
-
-    @contextmanager
-    def around_call(self, pipe: Any) -> Iterator[None]:
-        """Have the UNet looked at anew at its first call inside the block."""
-        call = self.call
-        if call is None:
-            yield
-            return
-        call.enter_call()
-        try:
-            yield
-        finally:
-            call.leave_call()
 
 
 def apply(pipe: Any, options: LoadExportedUNet) -> Journal:
@@ -114,10 +79,9 @@ def apply(pipe: Any, options: LoadExportedUNet) -> Journal:
         needed, do = "the path of a package", "write one with export_unet(path) and name it"
         raise InvalidOptionError(explain_failure(tried, "no path", needed, do))
     _require_own_call(unet, tried)
-    package = _fitting_package(unet, options.path)
     with journaling() as journal:
-        change = ExportedUNet(unet, options.path)
-        change.install(package)
+        change = ExportedUNet(unet, path=options.path)
+        change.install()
         journal.add(change)
         journal.scopes.append(change)
         journal.note(f"no compiling; the weights are the pipeline's own ({Path(options.path).name})")

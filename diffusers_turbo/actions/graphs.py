@@ -6,8 +6,7 @@ weights, adapters or processors changed. Results are copies. Nothing derived fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ from ..graphs.call import GraphedCall
 from ..graphs.capture import CAPTURES
 from ..graphs.watch import why_not_capturable
 from ..planning.options import CUDAGraphs
-from .calls import CallOver
+from .calls import ScopedCallOver
 from .components import denoiser_of, modules_of, require_plain_weights
 from .undo import Journal, journaling
 
 
 @dataclass
-class GraphedModule(CallOver):
+class GraphedModule(ScopedCallOver):
     """One module whose calls are captured; also the call scope that has it looked at once a call of the pipeline."""
 
     max_graphs: int = 8
@@ -38,19 +37,6 @@ class GraphedModule(CallOver):
         if self.call is not None:
             self.call.clear()
         return super().revert()
-
-    @contextmanager
-    def around_call(self, pipe: Any) -> Iterator[None]:
-        """Have the module looked at anew at its first call inside the block."""
-        call = self.call
-        if call is None:
-            yield
-            return
-        call.enter_call()
-        try:
-            yield
-        finally:
-            call.leave_call()
 
 
 def apply(pipe: Any, options: CUDAGraphs) -> Journal:

@@ -9,8 +9,7 @@ doubled. That the halves are equal is known from the pipeline's guidance flag an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.signature import MODE
 from ..planning.options import DOUBLING_PIPELINES, SharedGuidance
-from .calls import CallOver
+from .calls import ScopedCallOver
 from .components import denoiser_of, require_plain_weights
 from .undo import Journal, journaling
 
@@ -70,6 +69,14 @@ class GuidanceCall:
         self.calls = self.shared = 0
         self.pipe: Any = None
 
+    def enter_call(self, pipe: Any) -> None:
+        """A call of the pipeline begins, whose flag is to be looked at."""
+        self.pipe = pipe
+
+    def leave_call(self) -> None:
+        """A call of the pipeline ends."""
+        self.pipe = None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the UNet."""
         self.calls += 1
@@ -91,25 +98,12 @@ class GuidanceCall:
 
 
 @dataclass
-class SharesHalves(CallOver):
+class SharesHalves(ScopedCallOver):
     """The UNet's outer call; also the call scope in which the pipeline's guidance flag is looked at."""
 
     def make(self, inner: Callable[..., Any]) -> GuidanceCall:
         """Return the call over the UNet's own."""
         return GuidanceCall(self.module, inner)
-
-    @contextmanager
-    def around_call(self, pipe: Any) -> Iterator[None]:
-        """Look at `pipe`'s flag inside the block."""
-        call = self.call
-        if call is None:
-            yield
-            return
-        before, call.pipe = call.pipe, pipe
-        try:
-            yield
-        finally:
-            call.pipe = before
 
 
 def apply(pipe: Any, options: SharedGuidance) -> Journal:

@@ -48,7 +48,7 @@ class ExportedCall:
         self._calls_inside = 0
         self._lock = threading.RLock()
 
-    def enter_call(self) -> None:
+    def enter_call(self, pipe: Any = None) -> None:
         """A call of the pipeline begins: the next call of the UNet looks at all of it again."""
         with self._lock:
             self._calls_inside += 1

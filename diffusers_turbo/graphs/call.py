@@ -70,7 +70,7 @@ class GraphedCall:
         self._checked = False
         self._calls_inside = 0
 
-    def enter_call(self) -> None:
+    def enter_call(self, pipe: Any = None) -> None:
         """A call of the pipeline begins: the next call of the module looks at all of it again."""
         with self._lock:
             self._calls_inside += 1
