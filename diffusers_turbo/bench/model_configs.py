@@ -7,7 +7,7 @@ repository, which may ask for a login, the sources name a public copy of its con
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .parts import Part
@@ -288,3 +288,12 @@ _ALL = (
 
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _ALL}
 """Every architecture by its short name."""
+
+_SDXL = ARCHITECTURES["sdxl"]
+ARCHITECTURES["sdxl-fp16-vae"] = replace(
+    _SDXL,
+    name="sdxl-fp16-vae",
+    title=f"{_SDXL.title} with a VAE that decodes in float16",
+    sources=(*_SDXL.sources, "https://huggingface.co/madebyollin/sdxl-vae-fp16-fix"),
+    models={**_SDXL.models, "vae": _vae(sample_size=512, scaling_factor=0.13025, force_upcast=False)},
+)

@@ -68,12 +68,12 @@ class Peer:
         tried, install = f"peer {self.name}", f"pip install {' '.join(self._requirements())}"
         if (reason := self.missing()) is not None:
             raise MissingPackageError(explain_failure(tried, reason, " and ".join(self._requirements()), install))
-        if self.needs_gpu and execution_device(pipe).type == "cpu":
-            found = f"{type(pipe).__name__} on the CPU"
-            raise NotSupportedError(explain_failure(tried, found, "a GPU", "move the pipeline, or leave it out"))
         if self.needs_unet and getattr(pipe, "unet", None) is None:
             found = f"{type(pipe).__name__} without a `unet`"
             raise NotSupportedError(explain_failure(tried, found, "a pipeline with a UNet", "leave it out"))
+        if self.needs_gpu and execution_device(pipe).type == "cpu":
+            found = f"{type(pipe).__name__} on the CPU"
+            raise NotSupportedError(explain_failure(tried, found, "a GPU", "move the pipeline, or leave it out"))
         try:
             self.use(pipe)
         except ImportError as error:
@@ -131,6 +131,15 @@ def _diffusion_fast(pipe: Any) -> None:
     pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, options=options)
 
 
+def _bare(compiled: bool) -> Callable[[Any], None]:
+    def use(pipe: Any) -> None:
+        from .bare import make_bare
+
+        make_bare(pipe, compiled=compiled)
+
+    return use
+
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
@@ -139,6 +148,22 @@ PEERS: dict[str, Peer] = {
             description="fused projections, channels-last, UNet and VAE decoder compiled with max-autotune",
             source="https://github.com/huggingface/diffusion-fast",
             use=_diffusion_fast,
+        ),
+        Peer(
+            name="bare",
+            description="torch.compile's default and channels-last, UNet and VAE decoder one CUDA graph each",
+            needs_gpu=True,
+            needs_unet=True,
+            source="https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs",
+            use=_bare(compiled=True),
+        ),
+        Peer(
+            name="bare-eager",
+            description="channels-last, UNet and VAE decoder one CUDA graph each, no compiler",
+            needs_gpu=True,
+            needs_unet=True,
+            source="https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs",
+            use=_bare(compiled=False),
         ),
         Peer(
             name="deepcache",

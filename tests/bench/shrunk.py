@@ -58,6 +58,7 @@ _THIN = {
         "caption_channels": TEXT,
     },
 }
+_THIN["sdxl-fp16-vae"] = _THIN["sdxl"]
 
 
 def shrunk(name: str) -> Architecture:

@@ -40,6 +40,8 @@ PUBLISHED = [
     ("sd21", "text_encoder", VIT_H, OPEN_CLIP),
     ("sdxl", "unet", 2_567_463_684, SDXL_PAPER),
     ("sdxl", "vae", 83_653_863, MII),
+    ("sdxl-fp16-vae", "unet", 2_567_463_684, SDXL_PAPER),
+    ("sdxl-fp16-vae", "vae", 83_653_863, MII),
     ("sdxl", "text_encoder", 123_060_480, MII),
     ("sdxl", "text_encoder_2", 694_659_840, OPEN_CLIP),
     ("sd3", "transformer", 2_028_328_000, AITUNE),
@@ -89,6 +91,7 @@ def test_what_sets_the_models_apart():
     assert on_meta("sd21").scheduler.config.prediction_type == "v_prediction"
     assert on_meta("sd21").unet.config.upcast_attention
     assert on_meta("sdxl").vae.config.force_upcast
+    assert not on_meta("sdxl-fp16-vae").vae.config.force_upcast
     assert (on_meta("sd3").text_encoder_3, on_meta("sd3").tokenizer_3) == (None, None)
     assert "T5-XXL" in find("sd3").note
     assert on_meta("flux").scheduler.config.use_dynamic_shifting

@@ -9,10 +9,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from diffusers_turbo.bench.bare import make_bare
 from diffusers_turbo.bench.cases import builtin_cases
 from diffusers_turbo.bench.peers import PEERS
 from diffusers_turbo.errors import MissingPackageError, NotSupportedError
+from diffusers_turbo.graphs.capture import CAPTURES
+from diffusers_turbo.parity import distance
 from tests import tiny
+from tests.graphs.fake import FakeCapture
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=lambda peer: peer.name)
@@ -127,3 +131,22 @@ def test_diffusion_fast_s_options_are_known_to_torch():
     # torch checks the names here, and compiles at the first call only
     PEERS["diffusion-fast"].apply(pipe)
     assert type(pipe.unet).__name__ == "OptimizedModule"
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_bare_prototype_draws_stocks_picture(compiled, monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    stock, bare = tiny.sd(), tiny.sd()
+    if compiled:
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    make_bare(bare, compiled=compiled)
+    for seed in range(3):
+        assert distance(tiny.picture(bare, seed=seed, steps=4), tiny.picture(stock, seed=seed, steps=4)).psnr_db >= 100
+    assert [len(part._compiled_call_impl.graphs) for part in (bare.unet, bare.vae.decoder)] == [1, 1]
+
+
+def test_the_bare_prototype_leaves_a_vae_that_is_cast_alone():
+    bare = tiny.sdxl().to(torch.float16)
+    make_bare(bare, compiled=False)
+    assert bare.unet._compiled_call_impl is not None
+    assert bare.vae.decoder._compiled_call_impl is None

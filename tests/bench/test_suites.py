@@ -18,8 +18,8 @@ def section_of(suite, name):
     return next(section for section in read_suite(suite).sections if section.name == name)
 
 
-def test_the_four_suites():
-    assert suites() == ["diffusers-docs", "peers", "photoroom", "pytorch-blog"]
+def test_the_suites():
+    assert suites() == ["diffusers-docs", "peers", "photoroom", "pytorch-blog", "tiers"]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
