@@ -34,6 +34,10 @@ EXACT_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
         {"onload_device": "cuda" if CUDA else "cpu", "offload_type": "leaf_level"},
     ),
     "sync_free_loop": ("enable_sync_free_loop", {}),
+    "prompt_projections": ("enable_prompt_projections", {}),
+    "time_projections": ("enable_time_projections", {}),
+    "shared_guidance": ("enable_shared_guidance", {}),
+    "pointwise_matmul": ("enable_pointwise_matmul", {}),
     "compiled": ("compile_unet", {} if CUDA else {"backend": "aot_eager"}),
     "traced": ("trace_unet", {}),
 }
@@ -45,7 +49,10 @@ ON_GPU_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "stream_offload": ("enable_group_offload", {"offload_type": "leaf_level", "use_stream": True}),
     "compiled_vae": ("compile_vae", {}),
     "fused_kernels": ("enable_fused_kernels", {}),
+    "cuda_graphs": ("enable_cuda_graphs", {}),
 }
+IN_CHANNELS_LAST = ("fused_kernels", "pointwise_matmul")
+"""Switches that do something in this layout only."""
 
 
 def load(dtype: torch.dtype, device: str) -> Any:
@@ -87,6 +94,8 @@ def test_fp32_on_the_cpu_or_gpu(switch, embeddings, reference):
     if CUDA and switch == "sdpa-flash":
         pytest.skip("flash on a GPU takes half precision only")
     pipe = load(torch.float32, "cuda" if CUDA else "cpu")
+    if switch in IN_CHANNELS_LAST:
+        pipe.enable_channels_last()
     getattr(pipe, method)(**arguments)
     ours = apart(pipe, embeddings, reference)
     assert ours.pictures == PAIRS
@@ -120,8 +129,8 @@ def stock_half(embeddings, reference) -> Distance:
 def test_fp16_on_the_gpu(switch, embeddings, reference, stock_half):
     method, arguments = ({**EXACT_SWITCHES, **ON_GPU_ONLY} | {"naive": ("enable_naive_attention", {})})[switch]
     pipe = load(torch.float16, "cuda")
-    if switch == "fused_kernels":
-        pipe.enable_channels_last()  # else few of them run
+    if switch in IN_CHANNELS_LAST:
+        pipe.enable_channels_last()
     getattr(pipe, method)(**arguments)
     ours = apart(pipe, embeddings, reference)
     assert judge(ours, stock_half, half=True).reasons == ()

@@ -40,6 +40,14 @@ def test_import_needs_no_optional_package_and_makes_no_cuda_context():
     assert run(code).strip() == "False"
 
 
+def test_import_leaves_the_compiler_alone():
+    """torch._dynamo takes seconds to import, and imports Triton; diffusers' top level does not need it either."""
+    assert (
+        run("import diffusers_turbo, sys; print([x for x in ('torch._dynamo', 'triton') if x in sys.modules])")
+        == "[]\n"
+    )
+
+
 def test_import_loads_little_beyond_torch_and_diffusers():
     """Counted in modules, since times on a shared machine say nothing: no model, no kernel, no optional package."""
     code = (

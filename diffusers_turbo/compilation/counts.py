@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Self
 
-from torch._dynamo.utils import counters
-
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -28,6 +26,9 @@ class Counts:
     @classmethod
     def now(cls) -> Self:
         """Read the counters."""
+        # importing the compiler takes seconds, which a user who never compiles need not wait for
+        from torch._dynamo.utils import counters
+
         frames, inductor, given_up = counters["frames"], counters["inductor"], counters["unimplemented"]
         return cls(
             frames=frames["total"],

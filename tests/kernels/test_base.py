@@ -189,6 +189,6 @@ def test_where_a_kernel_runs_is_known_beforehand(monkeypatch, runs_here):
 
 
 def test_plans_know_where_the_kernels_start():
-    from diffusers_turbo.planning.kernels import LOWEST_SM
+    from diffusers_turbo.planning.tiers import LOWEST_SM
 
     assert {kernel.limits.lowest_sm for kernel in KERNELS.values()} == {LOWEST_SM}

@@ -27,6 +27,7 @@ from tests.planning.architectures import facts_of
 from tests.state import differences, state_of
 
 H100 = DeviceFacts.card("H100")
+FIGURES = Path(__file__).parents[2] / "docs" / "benchmarks" / "prototypes-h100.json"
 ONLY_OF_TIERS = {
     *("enable_cuda_graphs", "enable_sync_free_loop", "enable_fused_kernels", "enable_shared_guidance"),
     *("enable_prompt_projections", "enable_time_projections", "enable_vae_upcast_copy", "enable_pointwise_matmul"),
@@ -90,7 +91,7 @@ def test_the_break_even_is_where_both_are_done_at_the_same_time():
 
 
 def test_figures_are_those_of_their_file():
-    rows = json.loads(Path("docs/benchmarks/prototypes-h100.json").read_text())["rows"]
+    rows = json.loads(FIGURES.read_text())["rows"]
     for row in rows:
         gain, tier = TIER_GAINS[row["family"]], row["tier"]
         assert getattr(gain, f"{tier}_ms") == row["picture_ms"]
