@@ -28,11 +28,6 @@ EXACT_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "channels_last": ("enable_channels_last", {}),
     "fused_qkv": ("fuse_qkv_projections", {}),
     "vae_slicing": ("enable_vae_slicing", {}),
-    "model_offload": ("enable_model_cpu_offload", {} if CUDA else {"device": "cpu"}),
-    "group_offload": (
-        "enable_group_offload",
-        {"onload_device": "cuda" if CUDA else "cpu", "offload_type": "leaf_level"},
-    ),
     "sync_free_loop": ("enable_sync_free_loop", {}),
     "prompt_projections": ("enable_prompt_projections", {}),
     "time_projections": ("enable_time_projections", {}),
@@ -45,6 +40,9 @@ ON_GPU_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa-efficient": ("enable_sdpa", {"backend": "efficient"}),
     "sdpa-cudnn": ("enable_sdpa", {"backend": "cudnn"}),
     "xformers": ("enable_xformers_memory_efficient_attention", {}),
+    # on a CPU these have the same bits: tests/actions/test_switches.py
+    "model_offload": ("enable_model_cpu_offload", {}),
+    "group_offload": ("enable_group_offload", {"onload_device": "cuda", "offload_type": "leaf_level"}),
     "sequential_offload": ("enable_sequential_cpu_offload", {}),
     "stream_offload": ("enable_group_offload", {"offload_type": "leaf_level", "use_stream": True}),
     "compiled_vae": ("compile_vae", {}),

@@ -114,7 +114,7 @@ def suites() -> list[str]:
     """Return the names of the built-in suites.
 
     >>> suites()
-    ['diffusers-docs', 'peers', 'photoroom', 'pytorch-blog']
+    ['diffusers-docs', 'peers', 'photoroom', 'pytorch-blog', 'tiers']
     """
     return sorted(_built_in())
 
