@@ -21,9 +21,7 @@ STEPS = 20 if CUDA else 2
 
 EXACT_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa": ("enable_sdpa", {}),
-    "sdpa-math": ("enable_sdpa", {"backend": "math"}),
     "sdpa-flash": ("enable_sdpa", {"backend": "flash"}),
-    "sliced": ("enable_attention_slicing", {}),
     "sliced-max_bytes": ("enable_attention_slicing", {"slice_size": None, "max_bytes": 64 * 1024}),
     "channels_last": ("enable_channels_last", {}),
     "fused_qkv": ("fuse_qkv_projections", {}),
@@ -40,6 +38,8 @@ ON_GPU_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa-efficient": ("enable_sdpa", {"backend": "efficient"}),
     "sdpa-cudnn": ("enable_sdpa", {"backend": "cudnn"}),
     "xformers": ("enable_xformers_memory_efficient_attention", {}),
+    "sdpa-math": ("enable_sdpa", {"backend": "math"}),
+    "sliced": ("enable_attention_slicing", {}),
     # on a CPU these have the same bits: tests/actions/test_switches.py
     "model_offload": ("enable_model_cpu_offload", {}),
     "group_offload": ("enable_group_offload", {"onload_device": "cuda", "offload_type": "leaf_level"}),
