@@ -58,10 +58,10 @@ NOT_MEASURED = 'this package has not measured it on a GPU yet: ask for it with t
 def settle_tier(situation: Situation, others: Sequence[Options]) -> Tier:
     """Say which tier a plan with these other switches is of."""
     asked, device = situation.request.tier, situation.device
-    if asked is None:
-        return Tier(name=None, reason=NOT_MEASURED)
     if device.device_type != "cuda" or device.sm is None:
         return Tier(name=None, reason=f"tiers are for NVIDIA GPUs, this is {device.name}")
+    if asked is None:
+        return Tier(name=None, reason=NOT_MEASURED)
     if moves := conflicts_with(CUDAGraphs(), others):
         return Tier(name=None, reason=f"not beside {moves[0]}")
     if asked == "instant":

@@ -119,7 +119,10 @@ def test_no_tier_where_weights_move_or_there_is_no_nvidia_gpu():
     assert taken(small) & ONLY_OF_TIERS == set()
     assert "not beside enable_" in reason(small, "enable_cuda_graphs")
     cpu = dataclasses.replace(H100, device_type="cpu", sm=None, name="a CPU")
-    assert taken(plan(facts_of("sd15"), cpu, tier="fastest")) & ONLY_OF_TIERS == set()
+    for tier in ("fastest", None):
+        made = plan(facts_of("sd15"), cpu, tier=tier)
+        assert taken(made) & ONLY_OF_TIERS == set()
+        assert "tiers are for NVIDIA GPUs, this is a CPU" in reason(made, "enable_prompt_projections")
 
 
 def lcm() -> Any:
