@@ -118,7 +118,7 @@ def make_plan(pipeline_facts: PipelineFacts, device_facts: DeviceFacts, request:
         before=estimate_memory(pipeline_facts, situation.height, situation.width, request.batch_size),
         after=chosen.estimate,
         budget_bytes=usable,
-        notes=_notes(situation, chosen.estimate),
+        notes=_notes(situation, chosen),
     )
 
 
@@ -219,9 +219,12 @@ def _summary(situation: Situation) -> dict[str, Any]:
     }
 
 
-def _notes(situation: Situation, estimate: MemoryEstimate) -> tuple[str, ...]:
-    facts, usable = situation.pipeline, situation.usable_bytes
+def _notes(situation: Situation, draft: _Draft) -> tuple[str, ...]:
+    facts, usable, estimate = situation.pipeline, situation.usable_bytes, draft.estimate
     notes = list(situation.device.notes)
+    if situation.request.tier is not None:
+        tier = settle_tier(situation, draft.rung.options)
+        notes.append(f"{tier.name or 'no'} tier: {tier.reason}")
     if usable is not None and estimate.needed_bytes > usable:
         notes.append(
             f"nothing known fits: the {estimate.peak.stage} stage needs {gib(estimate.needed_bytes)} with margin, "

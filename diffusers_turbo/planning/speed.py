@@ -187,9 +187,9 @@ def _judge_one_compile(situation: Situation, option: Options, others: Sequence[O
     if clashes := conflicts_with(option, others):
         return leave(option, f"Not beside {clashes[0]}.")
     if tier.name == "compiled":
-        return take(option, f"It goes under the graphs ({tier.reason}).")
+        return take(option, "It goes under the graphs (compiled tier).")
     if tier.name == "instant":
-        return leave(option, f"The instant tier does without a compiler ({tier.reason}).")
+        return leave(option, "The instant tier does without a compiler.")
     gain = gains.COMPILE_GAINS.get(facts.family)
     if gain is None:
         size = f"{part.parameter_count / 1e6:.0f} M parameters" if part else "this size"
@@ -256,7 +256,7 @@ def judge_layout(situation: Situation, dtype: str, compiled: bool, tier: Tier) -
     if dtype == "float32":
         return leave(option, "It pays for half precision on tensor cores; the denoiser runs in float32.")
     if tier.name == "instant":
-        return take(option, f"The fused kernels work in this layout ({tier.reason}).")
+        return take(option, "The fused kernels work in this layout (instant tier).")
     gain = gains.LAYOUT_GAINS.get(facts.family)
     if gain is None:
         return leave(option, f"Not measured for a UNet of this shape ({facts.family}).")

@@ -97,7 +97,7 @@ def judge_tier(situation: Situation, tier: Tier, *, compiled: bool) -> list[Verd
         elif tier.name is None:
             verdicts.append(leave(options, f"{what}; {tier.reason}."))
         else:
-            verdicts.append(take(options, f"{what} ({tier.reason})."))
+            verdicts.append(take(options, f"{what} ({tier.name} tier)."))
     return verdicts
 
 
