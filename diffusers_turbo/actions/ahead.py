@@ -67,7 +67,7 @@ class AheadCall(ABC):
     def enter_call(self, pipe: Any) -> None:
         """A call of the pipeline begins."""
         self.pipe, self.reason = pipe, self.prepare()
-        self._state = State(self.carriers())
+        self._state = State(self.carriers()) if self.reason is None else None
 
     def leave_call(self) -> None:
         """A call of the pipeline ends, and what was made for it goes."""

@@ -63,9 +63,11 @@ def unet_and_controlnets(pipe: Any, tried: str) -> list[nn.Module]:
     Raises:
         NotSupportedError: the pipeline has no denoiser.
     """
-    networks = [denoiser_of(pipe, tried)[1]]
     controlnet = modules_of(pipe).get("controlnet")
-    if controlnet is not None:
-        nets = getattr(controlnet, "nets", None)  # several at once, each called on its own
-        networks += nets if isinstance(nets, nn.ModuleList) else [controlnet]
-    return networks
+    return [denoiser_of(pipe, tried)[1], *(networks_in(controlnet) if controlnet is not None else ())]
+
+
+def networks_in(module: nn.Module) -> list[nn.Module]:
+    """Return the networks that are called in a component: several ControlNets at once are each called on their own."""
+    nets = getattr(module, "nets", None)
+    return list(nets) if isinstance(nets, nn.ModuleList) else [module]

@@ -18,7 +18,7 @@ from ..graphs.capture import CAPTURES
 from ..graphs.watch import why_not_capturable
 from ..planning.options import CUDAGraphs
 from .calls import ScopedCallOver
-from .components import denoiser_of, modules_of, require_plain_weights
+from .components import denoiser_of, modules_of, networks_in, require_plain_weights
 from .undo import Journal, journaling
 
 
@@ -67,15 +67,14 @@ def _targets(pipe: Any) -> list[nn.Module]:
     A VAE is entered through `decode` and `encode`, which call its halves.
     """
     found: list[nn.Module] = []
+    parts: list[Any]
     for name, component in modules_of(pipe).items():
         if name == "vae":
             parts = [getattr(component, half, None) for half in ("decoder", "encoder")]
         elif name in ("safety_checker", "image_encoder"):
             parts = []
-        elif isinstance(nets := getattr(component, "nets", None), nn.ModuleList):
-            parts = list(nets)  # several ControlNets at once, each called on its own
         else:
-            parts = [component]
+            parts = networks_in(component)
         found += [part for part in parts if isinstance(part, nn.Module) and _on_one_device(part)]
     return found
 

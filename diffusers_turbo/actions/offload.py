@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import NotSupportedError, explain_failure
-from ..facts.pipeline import heeds_force_upcast
+from ..facts.pipeline import upcasts_vae
 from ..planning.options import GroupOffload, ModelOffload, SequentialOffload
 from .components import modules_of, require_plain_weights
 from .host import host_method
@@ -184,10 +184,9 @@ def _moved_as_a_whole(pipe: Any, options: GroupOffload) -> list[str]:
     vae = modules_of(pipe).get("vae")
     if vae is None:
         return []
-    upcast = heeds_force_upcast(pipe) and bool(getattr(getattr(vae, "config", None), "force_upcast", False))
     half = next(vae.parameters()).dtype == torch.float16
     tiled_under_stream = options.use_stream and bool(getattr(vae, "use_tiling", False))
-    return ["vae"] if (upcast and half) or tiled_under_stream else []
+    return ["vae"] if (half and upcasts_vae(pipe)) or tiled_under_stream else []
 
 
 def _names(names: str | tuple[str, ...] | None) -> list[str]:

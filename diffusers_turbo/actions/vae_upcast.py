@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
-from ..facts.pipeline import heeds_force_upcast
+from ..facts.pipeline import upcasts_vae
 from ..graphs.watch import HOOKS
 from ..planning.options import VAEUpcastCopy
 from .components import component, require_plain_weights
@@ -123,9 +123,8 @@ def apply(pipe: Any, options: VAEUpcastCopy) -> Journal:
     """Exact: keep a float32 copy of the VAE's weights, for pipelines that decode in float32."""
     vae = component(pipe, "vae", TRIED)
     require_plain_weights(pipe, TRIED)
-    upcast = heeds_force_upcast(pipe) and bool(getattr(getattr(vae, "config", None), "force_upcast", False))
     dtypes = {weight.dtype for weight in vae.parameters()}
-    if not upcast or not dtypes <= set(HALVES):
+    if not upcasts_vae(pipe) or not dtypes <= set(HALVES):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found = f"a {type(pipe).__name__} whose VAE ({names}) is not cast for decoding"
         needed = "a pipeline such as SDXL's, in half precision, whose VAE's config has force_upcast"

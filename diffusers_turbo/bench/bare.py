@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..facts.pipeline import upcasts_vae
 from ..graphs.capture import CAPTURES
 from ..graphs.signature import modes_of
 
@@ -52,7 +53,7 @@ def make_bare(pipe: Any, *, compiled: bool) -> None:
     A VAE that its pipeline casts for each decode (SDXL's) gets none, since its weights move.
     """
     parts: list[nn.Module] = [pipe.unet]
-    if not (pipe.vae.config.get("force_upcast") and hasattr(pipe, "upcast_vae") and pipe.vae.dtype == torch.float16):
+    if not (upcasts_vae(pipe) and pipe.vae.dtype == torch.float16):
         parts.append(pipe.vae.decoder)
     for module in (pipe.unet, pipe.vae):
         module.to(memory_format=torch.channels_last)

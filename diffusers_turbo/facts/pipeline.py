@@ -201,6 +201,12 @@ def heeds_force_upcast(pipe: Any) -> bool:
     return hasattr(pipe, "upcast_vae")
 
 
+def upcasts_vae(pipe: Any) -> bool:
+    """Whether the pipeline casts the weights of its 16-bit VAE to float32 to decode, and back."""
+    config = getattr(getattr(pipe, "vae", None), "config", None)
+    return heeds_force_upcast(pipe) and bool(getattr(config, "force_upcast", False))
+
+
 def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
     import torch
 

@@ -41,6 +41,9 @@ PLAIN_PROCESSORS = (
 )
 """diffusers' and this package's processors that change nothing but how the same attention is computed."""
 
+LOWEST_SM = (7, 0)
+"""Where Triton starts (https://triton-lang.org/main/getting-started/installation.html)."""
+
 _SDPA_PROCESSORS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0", "FusedAttnProcessor2_0", "SDPAAttnProcessor")
 _MIN_ACCELERATE = (1, 13)
 
@@ -217,8 +220,8 @@ def compile_trouble(situation: Situation, name: str, others: Sequence[Options]) 
     facts, device = situation.pipeline, situation.device
     if device.device_type != "cuda":
         return f"Compiling was not measured on {device.name}."
-    if device.sm is None or device.sm < (7, 0):
-        return f"torch.compile's Triton needs SM 7.0, this is {sm_text(device)}."
+    if device.sm is None or device.sm < LOWEST_SM:
+        return f"torch.compile's Triton needs SM {LOWEST_SM[0]}.{LOWEST_SM[1]}, this is {sm_text(device)}."
     if not device.triton:
         return "Triton is missing, which torch.compile makes its kernels with."
     if not device.cxx_compiler:

@@ -26,11 +26,7 @@ from .options import (
     VAEUpcastCopy,
 )
 from .request import Situation, Verdict, leave, take
-from .speed import PLAIN_PROCESSORS, compile_trouble, sm_text
-
-LOWEST_SM = (7, 0)
-"""Where Triton starts (https://triton-lang.org/main/getting-started/installation.html)."""
-
+from .speed import LOWEST_SM, PLAIN_PROCESSORS, compile_trouble, sm_text
 
 _WAITS = {
     "DDIMScheduler": "at each step, for the timestep",
