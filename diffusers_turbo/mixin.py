@@ -144,21 +144,27 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         """Switch `enable_channels_last` off: every weight gets its own strides back."""
         self._disable("enable_channels_last")
 
-    def enable_fused_kernels(self, group_norm: bool = True, geglu: bool = True, add_layer_norm: bool = True) -> None:
+    def enable_fused_kernels(
+        self, group_norm: bool = True, geglu: bool = True, add_layer_norm: bool = True, bias_residual: bool = True
+    ) -> None:
         """Exact: what eager PyTorch does in several passes over memory, in one Triton kernel each, without a compiler.
 
         A call that a kernel cannot take (a recorded gradient, the CPU) runs in plain PyTorch; the report says how many
         layers and why.
 
         Args:
-            group_norm: GroupNorm with SiLU and a resnet's time embedding; needs `enable_channels_last()`.
+            group_norm: GroupNorm with SiLU and what a resnet adds before it; needs `enable_channels_last()`.
             geglu: the feed-forward's `value * gelu(gate)`.
             add_layer_norm: a transformer block's residual and the norm of the sum.
+            bias_residual: a resnet's last bias and its residual; needs `enable_channels_last()`.
 
         Raises:
             NotSupportedError: no kernel runs in this process (no CUDA, no Triton), or no layer is of a kind they fit.
         """
-        self._enable(opt.FusedKernels(group_norm=group_norm, geglu=geglu, add_layer_norm=add_layer_norm))
+        wanted = opt.FusedKernels(
+            group_norm=group_norm, geglu=geglu, add_layer_norm=add_layer_norm, bias_residual=bias_residual
+        )
+        self._enable(wanted)
 
     def disable_fused_kernels(self) -> None:
         """Switch `enable_fused_kernels` off: every layer has its own forward again."""

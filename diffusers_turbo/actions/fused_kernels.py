@@ -17,6 +17,7 @@ from ..errors import NotSupportedError, explain_failure
 from ..fused.blocks import FusedResnetBlock, FusedTransformerBlock, resnet_reasons, transformer_reasons
 from ..fused.layers import (
     STAND_IN,
+    FusedConv,
     FusedForward,
     FusedGEGLU,
     FusedGroupNorm,
@@ -68,7 +69,7 @@ class FusedLayers:
 
 
 def apply(pipe: Any, options: FusedKernels) -> Journal:
-    """Exact: GroupNorm with SiLU, GEGLU and residual add with LayerNorm in one kernel each.
+    """Exact: GroupNorm with SiLU, GEGLU, residual add with LayerNorm, and bias with residual in one kernel each.
 
     Raises:
         NotSupportedError: no kernel runs in this process, or no layer of the pipeline is of a kind they fit.
@@ -127,11 +128,14 @@ def _stand_ins(
                 yield [(norm, silu), (act, SiLUDone(act, module, TAIL[0]))]
         elif kind is nn.GroupNorm:
             yield [(module, FusedGroupNorm(module, label, places["group_norm"]))]
-        elif kind is ResnetBlock2D:
-            reasons = resnet_reasons(module)
-            left.update(reasons[:1])
-            if not reasons:
-                yield [(module, FusedResnetBlock(module, kind))]
+    if kind is ResnetBlock2D and ("group_norm" in places or "bias_residual" in places):
+        reasons = resnet_reasons(module)
+        left.update(reasons[:1])
+        if not reasons:
+            conv = module.conv2
+            if "bias_residual" in places and type(conv) is nn.Conv2d and conv.bias is not None:
+                yield [(conv, FusedConv(conv, f"{label}.conv2", places["bias_residual"]))]
+            yield [(module, FusedResnetBlock(module, kind))]
     if kind is GEGLU and "geglu" in places:
         yield [(module, FusedGEGLU(module, label, places["geglu"]))]
     if kind is BasicTransformerBlock and "add_layer_norm" in places:

@@ -1,4 +1,8 @@
-"""channels_last: convolution weights laid out as cuDNN's and oneDNN's fast kernels read them."""
+"""channels_last: convolution weights laid out as cuDNN's and oneDNN's fast kernels read them.
+
+Activations follow from the first convolution on, but for one place: diffusers' `Transformer2DModel` copies its picture
+to the other layout, and the next convolution copies it back. Its last part is replaced by one that leaves it so.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,38 @@ from ..errors import NotSupportedError, explain_failure
 from ..planning.options import ChannelsLast
 from .components import modules_of, require_plain_weights
 from .undo import Journal, journaling
+
+OUTPUT = "_get_output_for_continuous_inputs"
+"""What diffusers calls the last part of a `Transformer2DModel`'s forward."""
+
+
+@dataclass(eq=False)
+class PictureOutput:
+    """Stands in for the last part of a `Transformer2DModel`: its tokens are a channels-last picture as they lie."""
+
+    model: Any
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> torch.Tensor:
+        """Project tokens `[B, H * W, D]` and add the residual `[B, C, H, W]`; the arguments are the host's."""
+        project = self.model.proj_out
+        if self.model.use_linear_projection:
+            picture = _picture(project(hidden_states), height, width)
+        else:
+            picture = project(_picture(hidden_states, height, width))
+        result: torch.Tensor = picture + residual
+        return result
+
+
+def _picture(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return tokens.view(len(tokens), height, width, -1).movedim(-1, 1)
 
 
 @dataclass
@@ -37,11 +73,16 @@ class StrideChange:
 
 def apply(pipe: Any, options: ChannelsLast) -> Journal:
     """Exact: lay every 4-D weight out channels-last; activations follow from the first convolution on."""
+    from diffusers import Transformer2DModel
+
     require_plain_weights(pipe, "enable_channels_last()")
-    changed = 0
+    changed = kept = 0
     with journaling() as journal:
         for component, root in modules_of(pipe).items():
             for path, owner in root.named_modules():
+                if type(owner) is Transformer2DModel and owner.is_input_continuous and OUTPUT not in vars(owner):
+                    journal.set_attribute(owner, OUTPUT, PictureOutput(owner))
+                    kept += 1
                 for name, tensor in owner._parameters.items():
                     if tensor is None or tensor.dim() != 4:
                         continue
@@ -64,6 +105,8 @@ def apply(pipe: Any, options: ChannelsLast) -> Journal:
                 )
             )
         journal.note(f"{changed} convolution weights laid out channels-last")
+        if kept:
+            journal.note(f"{kept} transformers leave their pictures in that layout")
     return journal
 
 

@@ -28,7 +28,9 @@ class PointwiseProduct:
         # an adapter may ask the layer for more than its input, and a picture in channels-first would be copied
         if args or kwargs or x.ndim != 4 or not pixels.is_contiguous():
             return type(self.conv).forward(self.conv, x, *args, **kwargs)
-        return F.linear(pixels, self.conv.weight.flatten(1), self.conv.bias).movedim(-1, 1)
+        # of two dimensions, so that cuBLAS adds the bias itself
+        product = F.linear(pixels.flatten(0, 2), self.conv.weight.flatten(1), self.conv.bias)
+        return product.view(*pixels.shape[:3], -1).movedim(-1, 1)
 
 
 def apply(pipe: Any, options: PointwiseMatmul) -> Journal:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import attention_layers
 from ..facts.pipeline import read_pipeline
 from ..planning.options import HalfPrecision
 from .components import modules_of, require_plain_weights
+from .projections import refill
 from .undo import Journal, journaling, owned
 
 
@@ -47,7 +49,13 @@ class AddedMeanwhile:
     dtype: torch.dtype
 
     def revert(self) -> str | None:
-        """Count the half-precision tensors that were not there when half precision came."""
+        """Count the half-precision tensors that were not there when half precision came.
+
+        Fused projections are copies of weights that have their precision back, and get it from them.
+        """
+        for root in modules_of(self.pipe).values():
+            for attn in attention_layers(root).values():
+                refill(attn)
         added = sum(
             id(owner) not in self.known and tensor.dtype == self.dtype
             for _, owner, _, tensor in floating_tensors(modules_of(self.pipe))

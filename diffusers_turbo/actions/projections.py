@@ -39,7 +39,7 @@ class RefillFused:
     def around_call(self, pipe: Any) -> Iterator[None]:
         """Refill, then run the call."""
         for attn in self.layers:
-            _refill(attn)
+            refill(attn)
         yield
 
 
@@ -73,12 +73,18 @@ def _plain_projections(attn: Any) -> bool:
 
 
 @torch.no_grad()
-def _refill(attn: Any) -> None:
+def refill(attn: Any) -> None:
+    """Copy a layer's projections into its fused weights, which take on their dtype."""
     for name, parts in FUSED_FROM.items():
         fused, sources = getattr(attn, name, None), [getattr(attn, part, None) for part in parts]
         if fused is None or not are_plain(*sources):
             continue
         for field in ("weight", "bias"):
             target = getattr(fused, field)
-            if target is not None and target.device.type != "meta":
-                target.copy_(torch.cat([getattr(source, field) for source in sources]))
+            if target is None or target.device.type == "meta":
+                continue
+            together = torch.cat([getattr(source, field) for source in sources])
+            if target.dtype == together.dtype:
+                target.copy_(together)
+            else:
+                target.data = together

@@ -33,7 +33,8 @@ def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
     if "callback_on_step_end" not in inspect.signature(type(contender.pipe).__call__).parameters:
         raise _cannot(contender, "a pipeline without callback_on_step_end")
     cuda = contender.device.type == "cuda"
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    profiler = profile(activities=activities, acc_events=True)
     seen: list[int] = []
 
     def between(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Two of diffusers' blocks in their plain case, which hand a norm what the host adds or applies around it.
 
-Between a resnet's first convolution and its second norm the host adds the time embedding, and between the parts of a
-transformer block the residual, each in a pass over memory of its own. No seam leads there. So the plain case of each
-block has a formula here; whatever is not plain goes to the host's own forward.
+Between a resnet's first convolution and its second norm the host adds bias and time embedding, after the second
+convolution bias and residual, and between the parts of a transformer block the residual, each in a pass over memory of
+its own. No seam leads there. So the plain case of each block has a formula here; whatever is not plain goes to the
+host's own forward.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in
+from .layers import FusedConv, FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in, unwatched, without_bias
 
 
 @dataclass(eq=False)
@@ -22,30 +23,50 @@ class FusedBlock:
     module: Any
     kind: type
 
+    def is_own_kind(self) -> bool:
+        """Whether the block is of the class that it was replaced for."""
+        return type(self.module) is self.kind
+
     def norms_are(self, expected: type[FusedForward], *norms: nn.Module) -> bool:
         """Whether the block is of its own class still and its norms take what is asked of them here."""
-        return type(self.module) is self.kind and all(isinstance(stand_in(norm), expected) for norm in norms)
+        return self.is_own_kind() and all(isinstance(stand_in(norm), expected) for norm in norms)
 
 
 class FusedResnetBlock(FusedBlock):
-    """`ResnetBlock2D`: SiLU and the addition of the time embedding go into the norms."""
+    """`ResnetBlock2D`: SiLU, time embedding and the first bias go into the norms, the second bias into the residual."""
 
     def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on `[B, C, H, W]` and a time embedding `[B, T]`."""
         block = self.module
         unusual = args or kwargs or block.training or (temb is not None) != (block.time_emb_proj is not None)
-        if unusual or not self.norms_are(FusedGroupNorm, block.norm1, block.norm2):
+        if unusual or not self.is_own_kind():
             host_result: Tensor = type(block).forward(block, input_tensor, temb, *args, **kwargs)
             return host_result
-        input_tensor = stand_in(block.norm1).laid_out(input_tensor, block.conv1)
+        if isinstance(norm1 := stand_in(block.norm1), FusedGroupNorm):
+            input_tensor = norm1.laid_out(input_tensor, block.conv1)
         add = None
         if temb is not None:
             add = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
-        hidden = block.conv1(block.norm1(input_tensor, silu=True))
-        hidden = block.conv2(block.dropout(block.norm2(hidden, silu=True, add=add)))
+        hidden = self._activated(block.norm1, input_tensor)
+        if isinstance(norm2 := stand_in(block.norm2), FusedGroupNorm) and norm2.takes_bias_of(block.conv1, hidden):
+            hidden = block.norm2(without_bias(block.conv1, hidden), silu=True, add=add, before=block.conv1.bias)
+        else:
+            hidden = self._activated(block.norm2, block.conv1(hidden), add)
+        hidden = block.dropout(hidden)
         shortcut = input_tensor if block.conv_shortcut is None else block.conv_shortcut(input_tensor)
-        result: Tensor = shortcut + hidden
+        if isinstance(stand_in(block.conv2), FusedConv) and unwatched(block.conv2):
+            result: Tensor = block.conv2(hidden, residual=shortcut)
+        else:
+            result = shortcut + block.conv2(hidden)
         return result if block.output_scale_factor == 1 else result / block.output_scale_factor
+
+    def _activated(self, norm: nn.Module, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Add `[B, C]`, normalise, apply SiLU: in one kernel where the norm is ours."""
+        if isinstance(stand_in(norm), FusedGroupNorm):
+            result: Tensor = norm(x, silu=True, add=add)
+        else:
+            result = self.module.nonlinearity(norm(x if add is None else x + add[:, :, None, None]))
+        return result
 
 
 class FusedTransformerBlock(FusedBlock):

@@ -53,15 +53,24 @@ class FusedForward:
 
 
 class FusedGroupNorm(FusedForward):
-    """`nn.GroupNorm`; SiLU and an embedding `[B, C]` to add to the input are the caller's to ask for."""
+    """`nn.GroupNorm`; SiLU, and what to add to the input, `[B, C]` and `[C]`, are the caller's to ask for."""
 
     kernel = "group_norm"
 
-    def __call__(self, input: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, input: Tensor, silu: bool = False, add: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor:
         """Normalise `[B, C, ..]`; the argument's name is the host's."""
         norm = self.module
-        result: Tensor = self.run(input, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, add=add)
+        affine = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+        result: Tensor = self.run(input, *affine, silu=silu, add=add, before=before)
         return result
+
+    def takes_bias_of(self, conv: Any, x: Tensor) -> bool:
+        """Whether `conv` may be called on `[B, C, H, W]` without its bias, which then goes into this norm."""
+        plain = type(conv) is nn.Conv2d and conv.bias is not None and "forward" not in vars(conv) and unwatched(conv)
+        fits = (x.device.type, x.dtype) in self.places and channels_last(x) and channels_last(conv.weight)
+        return plain and fits and not torch.is_grad_enabled()
 
     def laid_out(self, x: Tensor, conv: Any) -> Tensor:
         """Give `[B, C, H, W]` the layout of the convolution that comes next, which would have to copy it otherwise.
@@ -129,6 +138,40 @@ class FusedGEGLU(FusedForward):
         else:
             result = self.run(self.module.proj(hidden_states))
         return result
+
+
+class FusedConv(FusedForward):
+    """`nn.Conv2d`; with a residual, their sum, bias and residual added in one pass."""
+
+    kernel = "bias_residual"
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve `[B, C, H, W]`; the argument's name is the host's."""
+        conv = self.module
+        if residual is None:
+            host_result: Tensor = type(conv).forward(conv, input)
+            return host_result
+        # the residual has the shape and layout that the result will have, and what does not fit keeps its bits
+        if (input.device.type, input.dtype) not in self.places or not channels_last(conv.weight):
+            self.refused = (f"it does not take {input.dtype} on {input.device.type} here, or not this layout",)
+        else:
+            self.refused = tuple(KERNELS[self.kernel].misfits(residual, residual, conv.bias))
+        if self.refused:
+            result: Tensor = residual + type(conv).forward(conv, input)
+        else:
+            result = self.run(without_bias(conv, input), residual, conv.bias)
+        return result
+
+
+def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve `[B, C, H, W]` and leave the bias to somebody else."""
+    result: Tensor = conv._conv_forward(x, conv.weight, None)
+    return result
+
+
+def unwatched(module: nn.Module) -> bool:
+    """Whether nobody looks at what the module is called with and returns."""
+    return not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def stand_in(module: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""GroupNorm with optional SiLU on channels-last activations, without a layout copy, an added embedding on the way.
+"""GroupNorm with optional SiLU on channels-last activations, without a layout copy, an embedding and a bias on the way.
 
 In memory the input is `[B, S, C]`, S positions of C channels, and a group a narrow stripe of it. Two ways lead to its
 statistics, and `group_norm_launch` says when which:
@@ -98,6 +98,7 @@ def group_norm(
     *,
     silu: bool = False,
     add: Tensor | None = None,
+    before: Tensor | None = None,
     launch: GroupNormLaunch | None = None,
 ) -> Tensor:
     """Normalise each group of channels of each sample, in the memory layout the input has.
@@ -110,6 +111,7 @@ def group_norm(
         silu: apply SiLU to the result.
         add: `[B, C]` added to every position before the norm: a resnet's time embedding. Its rows may lie anywhere
             (stripes of a wider tensor, or one row for all). Added in fp32, and the sum is not rounded in between.
+        before: `[C]` added likewise: the bias of the convolution that made `x`, called without it.
         launch: another way or tile than `group_norm_launch` chooses.
 
     Returns:
@@ -118,8 +120,10 @@ def group_norm(
     Raises:
         NotSupportedError: with the reasons `group_norm_reasons` gives.
     """
-    refuse(LIMITS, grad_reasons(LIMITS, x, weight, bias, add))
-    output: Tensor = _op(x, num_groups, weight, bias, eps, silu, add, [] if launch is None else list(astuple(launch)))
+    refuse(LIMITS, grad_reasons(LIMITS, x, weight, bias, add, before))
+    output: Tensor = _op(
+        x, num_groups, weight, bias, eps, silu, add, before, [] if launch is None else list(astuple(launch))
+    )
     return output
 
 
@@ -132,14 +136,18 @@ def group_norm_plain(
     *,
     silu: bool = False,
     add: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """`group_norm` in plain PyTorch, as a diffusers resnet computes it; the layout of its result is PyTorch's choice.
 
     >>> group_norm_plain(torch.tensor([[[1.0, 3.0]]]), 1, eps=0.0, add=torch.tensor([[5.0]]))
     tensor([[[-1.,  1.]]])
     """
+    ones = (1,) * (x.ndim - 2)
+    if before is not None:
+        x = x + before.reshape(-1, *ones)
     if add is not None:
-        x = x + add.reshape(*add.shape, *(1,) * (x.ndim - 2))
+        x = x + add.reshape(*add.shape, *ones)
     output = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(output) if silu else output
 
@@ -153,10 +161,11 @@ def group_norm_reasons(
     *,
     silu: bool = False,
     add: Tensor | None = None,
+    before: Tensor | None = None,
     launch: GroupNormLaunch | None = None,
 ) -> list[str]:
     """Why `group_norm` cannot take these arguments; empty when it can."""
-    misfits = group_norm_misfits(x, num_groups, weight, bias, eps, add=add)
+    misfits = group_norm_misfits(x, num_groups, weight, bias, eps, add=add, before=before)
     return device_reasons(LIMITS, x.device, x.dtype) + misfits
 
 
@@ -169,10 +178,11 @@ def group_norm_misfits(
     *,
     silu: bool = False,
     add: Tensor | None = None,
+    before: Tensor | None = None,
     launch: GroupNormLaunch | None = None,
 ) -> list[str]:
     """`group_norm_reasons` but for the device."""
-    reasons = grad_reasons(LIMITS, x, weight, bias, add)
+    reasons = grad_reasons(LIMITS, x, weight, bias, add, before)
     if x.ndim < 2:
         return [*reasons, f"group_norm takes [B, C, ..], the shape is {list(x.shape)}"]
     batch, channels = x.shape[:2]
@@ -180,7 +190,7 @@ def group_norm_misfits(
         reasons.append("channels are not innermost in memory: x.to(memory_format=torch.channels_last) would copy")
     if num_groups < 1 or channels % num_groups:
         reasons.append(f"{channels} channels do not divide into {num_groups} groups")
-    reasons += vector_reasons(LIMITS, x, (channels,), weight=weight, bias=bias)
+    reasons += vector_reasons(LIMITS, x, (channels,), weight=weight, bias=bias, before=before)
     return reasons + vector_reasons(LIMITS, x, (batch, channels), rows_anywhere=True, add=add)
 
 
@@ -194,8 +204,8 @@ KERNEL = Kernel(
 )
 
 _SCHEMA = (
-    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? add, int[] launch)"
-    " -> Tensor"
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? add, Tensor? before,"
+    " int[] launch) -> Tensor"
 )
 
 
@@ -208,13 +218,14 @@ def _op(
     eps: float,
     silu: bool,
     add: Tensor | None,
+    before: Tensor | None,
     launch: Sequence[int],
 ) -> Tensor:
-    refuse(LIMITS, group_norm_reasons(x, num_groups, weight, bias, eps, add=add))
+    refuse(LIMITS, group_norm_reasons(x, num_groups, weight, bias, eps, add=add, before=before))
     output = torch.empty_like(x)
     if x.numel() == 0:
         return output
-    norm = _Norm(x, output, num_groups, weight, bias, eps, silu, add)
+    norm = _Norm(x, output, num_groups, weight, bias, eps, silu, add, before)
     cut = (
         launch_from(GroupNormLaunch, launch) if launch else group_norm_launch(norm.channels, norm.positions, num_groups)
     )
@@ -235,6 +246,7 @@ class _Norm:
     eps: float
     silu: bool
     add: Tensor | None
+    before: Tensor | None
 
     @property
     def batch(self) -> int:
@@ -263,7 +275,7 @@ def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
     single_kernel[(norm.batch * norm.num_groups,)](
         norm.x,
         norm.output,
-        *optional(norm.x, norm.weight, norm.bias, norm.add),
+        *optional(norm.x, norm.weight, norm.bias, norm.add, norm.before),
         norm.add_row,
         int(norm.silu),
         norm.positions,
@@ -287,7 +299,7 @@ def _run_split(norm: _Norm, cut: GroupNormLaunch) -> None:
     finish_kernel[(batch * norm.num_groups,)](
         *partial,
         *scale,
-        *optional(x, norm.weight, norm.add),
+        *optional(x, norm.weight, norm.add, norm.before),
         norm.add_row,
         positions,
         channels,

@@ -28,16 +28,18 @@ def activate(value: tl.tensor, silu: tl.tensor) -> tl.tensor:
     return value
 
 
-@jit("silu", "has_weight", "has_bias", "has_add", "positions")
+@jit("silu", "has_weight", "has_bias", "has_add", "has_before", "positions")
 def single_kernel(
     x: tl.tensor,
     output: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     add: tl.tensor,
+    before: tl.tensor,
     has_weight: tl.tensor,
     has_bias: tl.tensor,
     has_add: tl.tensor,
+    has_before: tl.tensor,
     add_row: tl.tensor,
     silu: tl.tensor,
     positions: tl.tensor,
@@ -67,7 +69,8 @@ def single_kernel(
         # int64 here too: a narrow group of very many channels can reach past 2^31 within one sample.
         value = tl.load(x + source + (index // GROUP).to(tl.int64) * channels + column, mask=present, other=0)
         extra = tl.load(add + batch * add_row + group * GROUP + column, mask=present & (has_add != 0), other=0)
-        value = value.to(tl.float32) + extra.to(tl.float32)
+        known = tl.load(before + group * GROUP + column, mask=present & (has_before != 0), other=0)
+        value = value.to(tl.float32) + (extra.to(tl.float32) + known.to(tl.float32))
         turns += 1.0
         delta = tl.where(present, value - mean, 0.0)
         mean += delta * (1.0 / turns)
@@ -75,7 +78,10 @@ def single_kernel(
     # A slot took part in every turn, or in all but the last.
     count = ((slots - flat + BLOCK - 1) // BLOCK).to(tl.float32)
     centre = tl.sum(count * mean, axis=0) / slots
-    variance = tl.sum(deviation + count * (mean - centre) * (mean - centre), axis=0) / slots
+    # The sum above rounds as large numbers do; what it missed is small, and so are the sums of what is left.
+    spread = mean - centre
+    missed = tl.sum(count * spread, axis=0) / slots
+    variance = tl.sum(deviation + count * spread * spread, axis=0) / slots - missed * missed
     scale = 1.0 / tl.sqrt_rn(variance + eps)
 
     for start in range(0, slots, BLOCK):
@@ -86,9 +92,10 @@ def single_kernel(
         channel = group * GROUP + column
         value = tl.load(x + offset, mask=present, other=0).to(tl.float32)
         extra = tl.load(add + batch * add_row + channel, mask=present & (has_add != 0), other=0).to(tl.float32)
+        extra += tl.load(before + channel, mask=present & (has_before != 0), other=0).to(tl.float32)
         gain = tl.load(weight + channel, mask=present & (has_weight != 0), other=1.0).to(tl.float32)
         shift = tl.load(bias + channel, mask=present & (has_bias != 0), other=0).to(tl.float32)
-        result = activate((value + extra - centre) * (scale * gain) + shift, silu)
+        result = activate((value + extra - centre - missed) * (scale * gain) + shift, silu)
         tl.store(output + offset, result.to(output.dtype.element_ty), mask=present)
 
 
@@ -127,13 +134,14 @@ def partial_kernel(
     count = ((height - row + ROWS - 1) // ROWS).to(tl.float32)[:, None]
     centre = tl.sum(count * mean, axis=0) / height
     spread = mean - centre[None, :]
-    total = tl.sum(deviation + count * spread * spread, axis=0)
+    missed = tl.sum(count * spread, axis=0) / height
+    total = tl.sum(deviation + count * spread * spread, axis=0) - height * missed * missed
     target = row_start(batch, tile, tiles, channels) + column
-    tl.store(partial_mean + target, centre, mask=column < channels)
+    tl.store(partial_mean + target, centre + missed, mask=column < channels)
     tl.store(partial_deviation + target, total, mask=column < channels)
 
 
-@jit("has_weight", "has_add", "positions", "groups", "tiles", "tile_rows")
+@jit("has_weight", "has_add", "has_before", "positions", "groups", "tiles", "tile_rows")
 def finish_kernel(
     partial_mean: tl.tensor,
     partial_deviation: tl.tensor,
@@ -141,8 +149,10 @@ def finish_kernel(
     centre: tl.tensor,
     weight: tl.tensor,
     add: tl.tensor,
+    before: tl.tensor,
     has_weight: tl.tensor,
     has_add: tl.tensor,
+    has_before: tl.tensor,
     add_row: tl.tensor,
     positions: tl.tensor,
     channels: tl.tensor,
@@ -154,12 +164,13 @@ def finish_kernel(
 ) -> None:
     """From the tiles of one group: what `apply_kernel` takes from each of its channels and multiplies with.
 
-    An added embedding moves a channel's mean and changes no deviation within it, so that only here it is ever added.
+    What is added to a whole channel moves its mean and changes no deviation within it, so that only here it is added.
     """
     width = channels // groups
     batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     source = row_start(batch, 0, tiles, channels) + group * width
     extras = add + batch * add_row + group * width
+    known = before + group * width
     slots = tiles * width
     # As a float: a group may have more than 2^31 elements.
     size = positions.to(tl.float32) * width
@@ -170,21 +181,28 @@ def finish_kernel(
         index = start + flat
         tile, column = index // width, index % width
         mean = tl.load(partial_mean + source + tile * channels + column, mask=index < slots, other=0)
-        mean += tl.load(extras + column, mask=(index < slots) & (has_add != 0), other=0).to(tl.float32)
+        extra = tl.load(extras + column, mask=(index < slots) & (has_add != 0), other=0).to(tl.float32)
+        extra += tl.load(known + column, mask=(index < slots) & (has_before != 0), other=0).to(tl.float32)
+        mean += extra
         count = tl.where(index < slots, tl.minimum(tile_rows, positions - tile * tile_rows), 0)
         total += count.to(tl.float32) * mean
     group_mean = tl.sum(total, axis=0) / size
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    off = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, slots, BLOCK):
         index = start + flat
         tile, column = index // width, index % width
         mean = tl.load(partial_mean + source + tile * channels + column, mask=index < slots, other=0)
-        mean += tl.load(extras + column, mask=(index < slots) & (has_add != 0), other=0).to(tl.float32)
+        extra = tl.load(extras + column, mask=(index < slots) & (has_add != 0), other=0).to(tl.float32)
+        extra += tl.load(known + column, mask=(index < slots) & (has_before != 0), other=0).to(tl.float32)
+        mean += extra
         count = tl.where(index < slots, tl.minimum(tile_rows, positions - tile * tile_rows), 0)
         total += tl.load(partial_deviation + source + tile * channels + column, mask=index < slots, other=0)
+        off += count.to(tl.float32) * (mean - group_mean)
         total += count.to(tl.float32) * (mean - group_mean) * (mean - group_mean)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(total, axis=0) / size + eps)
+    missed = tl.sum(off, axis=0) / size
+    factor = 1.0 / tl.sqrt_rn(tl.sum(total, axis=0) / size - missed * missed + eps)
 
     target = batch * channels + group * width
     for start in range(0, width, BLOCK):
@@ -192,8 +210,9 @@ def finish_kernel(
         inside = column < width
         gain = tl.load(weight + group * width + column, mask=inside & (has_weight != 0), other=1.0).to(tl.float32)
         extra = tl.load(extras + column, mask=inside & (has_add != 0), other=0).to(tl.float32)
+        extra += tl.load(known + column, mask=inside & (has_before != 0), other=0).to(tl.float32)
         tl.store(scale + target + column, factor * gain, mask=inside)
-        tl.store(centre + target + column, group_mean - extra, mask=inside)
+        tl.store(centre + target + column, group_mean - extra + missed, mask=inside)
 
 
 @jit("has_bias", "silu", "positions", "tiles")

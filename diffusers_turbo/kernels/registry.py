@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from .add_layer_norm import KERNEL as ADD_LAYER_NORM
 from .base import Kernel
+from .bias_residual import KERNEL as BIAS_RESIDUAL
 from .geglu import KERNEL as GEGLU
 from .group_norm import KERNEL as GROUP_NORM
 
@@ -13,4 +14,5 @@ KERNELS: Mapping[str, Kernel] = {
     "group_norm": GROUP_NORM,
     "geglu": GEGLU,
     "add_layer_norm": ADD_LAYER_NORM,
+    "bias_residual": BIAS_RESIDUAL,
 }

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffusers_turbo.kernels import KERNELS, unavailable
 from diffusers_turbo.kernels.add_layer_norm import add_layer_norm_launch
+from diffusers_turbo.kernels.bias_residual import bias_residual_launch
 from diffusers_turbo.kernels.geglu import geglu_launch
 from diffusers_turbo.kernels.group_norm import group_norm_launch
 
@@ -99,6 +100,9 @@ def cases(images: list[Any], tokens: list[Any], dtype: torch.dtype, device: str)
         }
         arguments = (x, GROUPS, *randn(2, channels))
         yield Case("group_norm", model, list(x.shape), arguments, {"silu": True}, 2 * size(x), launches)
+        tile = bias_residual_launch(channels)
+        launches = {f"{n} rows, {w} warps": replace(tile, rows=n, warps=w) for n, w in ((16, 4), (64, 4), (64, 8))}
+        yield Case("bias_residual", model, list(x.shape), (x, x.flip(0), randn(channels)), {}, 3 * size(x), launches)
     for model, batch, length, width in tokens:
         x = randn(batch, length, 8 * width)
         wide = geglu_launch(4 * width)

@@ -110,3 +110,20 @@ def test_offload_under_a_trace_is_refused_and_nothing_changes():
     assert "forward" in vars(pipe.unet)
     assert [lever.action for lever in pipe.turbo_report().levers] == ["trace_unet"]
     assert torch.equal(tiny.picture(pipe), stock)
+
+
+@pytest.mark.parametrize("end", ["disable_half_precision", "turbo_undo"])
+def test_projections_fused_in_half_precision_get_their_precision_back(end):
+    """They are copies made meanwhile, which half precision has no original of."""
+    pipe = turbo(tiny.sd())
+    pipe.fuse_qkv_projections()
+    fused = tiny.picture(pipe, steps=1)
+    pipe.turbo_undo()
+    before = state_of(pipe)
+    pipe.enable_half_precision("bfloat16")
+    pipe.fuse_qkv_projections()
+    if end == "disable_half_precision":
+        pipe.disable_half_precision()
+        assert torch.equal(tiny.picture(pipe, steps=1), fused)
+    assert pipe.turbo_undo().left_alone == ()
+    assert differences(before, state_of(pipe)) == []

@@ -206,6 +206,7 @@ def test_the_watcher_would_see_a_changed_flag():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # torch says so of the first product in a new thread
 @pytest.mark.parametrize("backends", [["flash", "cudnn"], ["efficient", "math"], ["flash", "auto"]], ids="-".join)
 def test_two_threads_on_a_gpu(backends):
     run_in_two_threads(backends, "cuda", torch.float16, rounds=200)

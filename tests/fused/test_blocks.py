@@ -90,6 +90,47 @@ def test_an_input_is_laid_out_as_the_convolution_wants_it(options, kernel_calls)
     assert kernel_calls["group_norm"] == 2
 
 
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each convolution from now on was given a bias."""
+    seen, original = [], nn.Conv2d._conv_forward
+
+    def watched(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(bias is not None)
+        return original(self, x, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", watched)
+    return seen
+
+
+@torch.no_grad()
+def test_both_biases_go_where_the_next_pass_is(kernel_calls, monkeypatch):
+    block = resnet().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for conv in (block.conv1, block.conv2):
+            nn.init.normal_(conv.bias, std=3)
+    x, temb = resnet_input(block)
+    expected = block(x, temb)
+    fuse(block)
+    biased = convolutions(monkeypatch)
+    near(block(x, temb), expected)
+    assert biased == [False, False]
+    assert kernel_calls["bias_residual"] == 1
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@torch.no_grad()
+def test_who_looks_at_a_convolution_sees_its_bias(name, kernel_calls):
+    block = resnet().to(memory_format=torch.channels_last)
+    x, temb = resnet_input(block)
+    seen: list[Tensor] = []
+    getattr(block, name).register_forward_hook(lambda module, given, output: seen.append(output))
+    expected = block(x, temb)
+    fuse(block)
+    near(block(x, temb), expected)
+    near(seen[1], seen[0])
+    assert kernel_calls["bias_residual"] == (name != "conv2")
+
+
 @pytest.mark.parametrize("options", [{}, {"out_channels": 16}, {"time_embedding_norm": "scale_shift"}], ids=str)
 def test_resnets_with_a_gradient(options, kernel_calls):
     host = resnet(**options)
@@ -226,7 +267,7 @@ def test_a_chunked_feed_forward_is_left_to_the_host(kernel_calls):
     expected = host(**arguments)
     ours.set_chunk_feed_forward(2, 1)
     near(ours(**arguments), expected)
-    assert kernel_calls == {"group_norm": 0, "geglu": 3, "add_layer_norm": 0}
+    assert kernel_calls == {"group_norm": 0, "geglu": 3, "add_layer_norm": 0, "bias_residual": 0}
 
 
 def test_transformer_blocks_with_a_gradient(kernel_calls):

@@ -107,6 +107,7 @@ def test_the_instant_tier_and_undo(pipe):
         assert torch.equal(picture(), stock)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch records one to set its graphs up
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_within_a_compiled_unet(make, mode):

@@ -98,7 +98,7 @@ def waits_in_a_profile(pipe: Any) -> list[str]:
 
         return enter
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as taken:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as taken:
         call(pipe, first=mark(FIRST), last=mark(LAST), generator=host_generator())
         torch.cuda.synchronize()
     events = list(taken.events())

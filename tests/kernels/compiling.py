@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diffusers_turbo.kernels import add_layer_norm, base, geglu, group_norm, group_norm_device
+from diffusers_turbo.kernels import add_layer_norm, base, bias_residual, geglu, group_norm, group_norm_device
 from diffusers_turbo.kernels.lazy import LazyKernel
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -77,11 +77,12 @@ def width(instruction: str) -> int:
 def main(dtype: torch.dtype) -> None:
     """The launches of SD1.5 at 512 with guidance and of its VAE, and of SDXL's widths."""
     base.device_reasons = lambda *_: []
-    for module in (group_norm, geglu, add_layer_norm):
+    for module in (group_norm, geglu, add_layer_norm, bias_residual):
         module.device_reasons = base.device_reasons
     group_norm_device.single_kernel.load(), geglu._geglu_kernel.load(), add_layer_norm._add_layer_norm_kernel.load()
+    bias_residual._bias_residual_kernel.load()
     found: dict[str, Any] = {}
-    for module in (group_norm, geglu, add_layer_norm):
+    for module in (group_norm, geglu, add_layer_norm, bias_residual):
         for name, item in list(vars(module).items()):
             if isinstance(item, LazyKernel) or type(item).__name__ == "JITFunction":
                 kernel = item.load() if isinstance(item, LazyKernel) else item
@@ -93,7 +94,8 @@ def main(dtype: torch.dtype) -> None:
     for channels, side in ((320, 64), (320, 32), (640, 32), (960, 16), (1280, 16), (1920, 16), (2560, 8), (128, 512)):
         x = empty(2, channels, side, side).to(memory_format=torch.channels_last)
         group_norm.group_norm(x, 32, *empty(2, channels), silu=True, add=empty(2, channels))
-        group_norm.group_norm(x, 32, *empty(2, channels))
+        group_norm.group_norm(x, 32, *empty(2, channels), before=empty(channels))
+        bias_residual.bias_residual(x, x, empty(channels))
     for wide in (320, 640, 1280):
         geglu.geglu(empty(2, 64, 8 * wide))
         add_layer_norm.add_layer_norm(*empty(2, 2, 64, wide), *empty(2, wide))

@@ -43,7 +43,7 @@ def run(code: str) -> str:
 
 
 def test_triton_is_first_imported_by_a_kernel_and_missed_by_name():
-    files = "add_layer_norm, base, geglu, group_norm, group_norm_device, lazy, registry"
+    files = "add_layer_norm, base, bias_residual, geglu, group_norm, group_norm_device, lazy, registry"
     code = f"""
 import sys
 from diffusers_turbo.kernels import {files}, is_available, unavailable

@@ -36,7 +36,8 @@ def test_group_norm_of_a_unet(channels, side, dtype):
         randn(*shape, dtype=dtype, device="cuda") for shape in ((channels,), (channels,), (2, channels))
     )
     check("group_norm", x, 32, weight, bias, silu=True, add=add)
-    check("group_norm", x, 32, weight, bias, 1e-6)
+    check("group_norm", x, 32, weight, bias, 1e-6, before=add[0])
+    check("bias_residual", x, x.flip(0), bias)
 
 
 @every_dtype

@@ -16,7 +16,7 @@ SYNC_FREE_SCHEDULERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class FusedKernels(Options):
-    """Run GroupNorm with SiLU, GEGLU and residual add with LayerNorm as one Triton kernel each."""
+    """Run GroupNorm with SiLU, GEGLU, add with LayerNorm, and bias with residual as one Triton kernel each."""
 
     action = "enable_fused_kernels"
     slot = "kernels"
@@ -24,10 +24,11 @@ class FusedKernels(Options):
     group_norm: bool = True
     geglu: bool = True
     add_layer_norm: bool = True
+    bias_residual: bool = True
 
     def __post_init__(self) -> None:
-        self._check_flags("group_norm", "geglu", "add_layer_norm")
-        if not (self.group_norm or self.geglu or self.add_layer_norm):
+        self._check_flags(*self.as_dict())
+        if not any(self.as_dict().values()):
             raise self._refuse("group_norm", "at least one of the kernels", "leave one of them on")
 
 

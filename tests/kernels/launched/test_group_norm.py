@@ -47,6 +47,16 @@ def test_with_and_without_silu_and_embedding(silu, embedded, dtype, launch, devi
 
 
 @both_ways
+@every_dtype
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_bias_of_the_convolution_before(embedded, dtype, launch, device):
+    x = image(2, 20, 5, 4, dtype=dtype, device=device)
+    before, add = randn(20, dtype=dtype, device=device, seed=3) * 3, randn(2, 20, dtype=dtype, device=device, seed=9)
+    given = {"silu": True, "before": before, "add": add if embedded else None}
+    check("group_norm", x, 2, *randn(2, 20, dtype=dtype, device=device), launch=launch, **given)
+
+
+@both_ways
 @pytest.mark.parametrize("rows", ["stripes", "one for all"])
 def test_an_embeddings_rows_may_lie_anywhere(rows, launch, device):
     x, wide = image(3, 20, 5, 4, device=device), randn(3, 90, device=device, seed=9) * 3
