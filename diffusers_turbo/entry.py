@@ -73,8 +73,8 @@ def auto_optimize(
             lossy.
         exact: allow exact levers only.
         tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
-            under the graphs), or "fastest", one of the two by `images`. None takes only what was measured on a GPU,
-            which these switches are not yet.
+            under the graphs), "fastest" (one of the two, by `images`) or "none". Left out, it is "fastest" for models
+            it was measured with (SD1.5, SD2.1, SDXL in half precision), and none for others.
         verify: draw a few pictures with the reference and with the plan applied; steps that break what the plan
             promises are taken off and named in the report. Takes the time of some dozens of pictures, and the memory
             of an fp32 copy.

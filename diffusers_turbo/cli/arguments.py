@@ -31,7 +31,7 @@ Scheduler = Annotated[str | None, typer.Option("--scheduler", help=f"{', '.join(
 Vram = Annotated[
     str | None, typer.Option("--vram", help='Memory to stay within, such as "6GB". Default: what is free.')
 ]
-Tier = Annotated[str | None, typer.Option(help="instant, compiled or fastest: CUDA graphs and what goes with them.")]
+Tier = Annotated[str | None, typer.Option(help="instant, compiled, fastest or none. Default: fastest, where measured.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Allow exact steps only.")]
 ExtraCases = Annotated[str | None, typer.Option("--cases", help="TOML file with configurations of your own.")]
 

@@ -55,49 +55,53 @@ COMPILE_GAINS["sd21"] = COMPILE_GAINS["sd15"]
 
 @dataclass(frozen=True, kw_only=True)
 class TierGain:
-    """What the two tiers give one family: whole pictures once steady, and the time to the first one.
+    """What the tiers give one family: milliseconds of a whole picture once steady, and seconds to the first one.
 
-    Measured on prototypes, see `prototypes-h100.json`: they decide between the two, and promise nothing.
+    `source` is the file of `plain_ms` and `instant_ms`, `compiled_source` that of the compiled tier and of both first
+    images; None where the compiled tier was not measured.
     """
 
-    instant_ms: float
-    instant_first_s: float
-    compiled_ms: float
-    compiled_first_s: float
+    plain_ms: int
+    instant_ms: int
     setting: str
     source: str
+    instant_first_s: float | None = None
+    compiled_ms: int | None = None
+    compiled_first_s: float | None = None
+    compiled_source: str | None = None
 
     @property
-    def break_even_images(self) -> int:
-        """From how many pictures on the compiled tier is the sooner done.
+    def break_even_images(self) -> int | None:
+        """From how many pictures on the compiled tier is the sooner done, None when never or not known.
 
         >>> TIER_GAINS["sd15"].break_even_images
-        490
+        4844
         """
+        if self.compiled_ms is None or self.instant_first_s is None or self.compiled_first_s is None:
+            return None
         saved_s = (self.instant_ms - self.compiled_ms) / 1000
-        return int((self.compiled_first_s - self.instant_first_s) / saved_s) + 1
+        return int((self.compiled_first_s - self.instant_first_s) / saved_s) + 1 if saved_s > 0 else None
 
-
-_PROTOTYPES = "prototypes on an H100, docs/benchmarks/prototypes-h100.json"
 
 TIER_GAINS: dict[str, TierGain] = {
     "sd15": TierGain(
-        instant_ms=573,
-        instant_first_s=6.3,
-        compiled_ms=351,
-        compiled_first_s=115,
-        setting="SD1.5, 512x512, 50 steps",
-        source=_PROTOTYPES,
+        plain_ms=1761,
+        instant_ms=344,
+        setting="SD1.5, 512x512, 50 steps, H100",
+        source="docs/benchmarks/instant-sd15-h100.json",
+        instant_first_s=1.18,
+        compiled_ms=332,
+        compiled_first_s=59.3,
+        compiled_source="docs/benchmarks/tiers-sd15-h100.json",
     ),
     "sdxl": TierGain(
-        instant_ms=1577,
-        instant_first_s=9.0,
-        compiled_ms=1083,
-        compiled_first_s=164,
-        setting="SDXL, 1024x1024, 30 steps",
-        source=_PROTOTYPES,
+        plain_ms=2191,
+        instant_ms=1050,
+        setting="SDXL, 1024x1024, 30 steps, VAE in float16, H100",
+        source="docs/benchmarks/instant-sdxl-h100.json",
     ),
 }
+# the same network as SD1.5 but for the text's width
 TIER_GAINS["sd21"] = TIER_GAINS["sd15"]
 
 

@@ -64,7 +64,8 @@ def plan(
         dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change is lossy.
         exact: allow exact switches only.
         tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
-            under the graphs), or "fastest", one of the two by `images`. None takes only what was measured on a GPU.
+            under the graphs), "fastest" (one of the two, by `images`) or "none". Left out, it is "fastest" for models
+            it was measured with (SD1.5, SD2.1, SDXL in half precision), and none for others.
 
     Raises:
         NotSupportedError: no pipeline, one without a denoiser, or a torch that has no kernels for the card.
@@ -222,8 +223,8 @@ def _summary(situation: Situation) -> dict[str, Any]:
 def _notes(situation: Situation, draft: _Draft) -> tuple[str, ...]:
     facts, usable, estimate = situation.pipeline, situation.usable_bytes, draft.estimate
     notes = list(situation.device.notes)
-    if situation.request.tier is not None:
-        tier = settle_tier(situation, draft.rung.options)
+    tier = settle_tier(situation, draft.rung.options)
+    if situation.request.tier is not None or tier.name is not None:
         notes.append(f"{tier.name or 'no'} tier: {tier.reason}")
     if usable is not None and estimate.needed_bytes > usable:
         notes.append(

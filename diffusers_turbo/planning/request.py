@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..facts.device import DeviceFacts
     from ..facts.pipeline import PipelineFacts
 
-TIERS = ("instant", "compiled", "fastest")
+TIERS = ("instant", "compiled", "fastest", "none")
 DTYPES = ("keep", "auto", "float16", "bfloat16", "float32")
 
 
@@ -28,7 +28,8 @@ class Request:
         vram_budget: bytes, or text such as "6GB", that the plan may use at most; None is what is free.
         dtype: "keep", "auto", "float16", "bfloat16" or "float32".
         exact: whether switches that change the picture beyond rounding are forbidden.
-        tier: "instant", "compiled", "fastest" (one of the two, by `images`), or None.
+        tier: "instant", "compiled", "fastest" (one of the two, by `images`), "none", or None: "fastest" where it was
+            measured, and none elsewhere.
     """
 
     height: int | None = None

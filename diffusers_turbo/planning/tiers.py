@@ -1,8 +1,8 @@
 """Tiers: which set of switches for speed was asked for, and which of the two it comes to here.
 
 *instant* launches whole networks as CUDA graphs and has its first picture in seconds; *compiled* puts torch.compile
-under the graphs, which takes minutes and pays after some hundreds of pictures. Without a tier a plan throws only what
-this package has measured on a GPU; a tier throws what belongs to it.
+under the graphs, which takes minutes and pays after thousands of pictures, if ever. Where they were measured a plan
+takes the faster of the two by itself; elsewhere it takes a tier when asked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .options import (
     VAEUpcastCopy,
 )
 from .request import Situation, Verdict, leave, take
-from .speed import LOWEST_SM, PLAIN_PROCESSORS, compile_trouble, sm_text
+from .speed import LOWEST_SM, PLAIN_PROCESSORS, compile_trouble, judge_precision, running_dtype, sm_text
 
 _WAITS = {
     "DDIMScheduler": "at each step, for the timestep",
@@ -48,37 +48,51 @@ class Tier:
     reason: str
 
 
-NOT_MEASURED = 'this package has not measured it on a GPU yet: ask for it with tier="instant" or "compiled"'
+_HALF = ("float16", "bfloat16")
 
 
 def settle_tier(situation: Situation, others: Sequence[Options]) -> Tier:
     """Say which tier a plan with these other switches is of."""
     asked, device = situation.request.tier, situation.device
+    if asked == "none":
+        return Tier(name=None, reason='tier="none"')
     if device.device_type != "cuda" or device.sm is None:
         return Tier(name=None, reason=f"tiers are for NVIDIA GPUs, this is {device.name}")
-    if asked is None:
-        return Tier(name=None, reason=NOT_MEASURED)
+    if asked is None and (unmeasured := _why_not_by_default(situation)):
+        return Tier(name=None, reason=f'{unmeasured}: ask for it with tier="instant" or "compiled"')
     if moves := conflicts_with(CUDAGraphs(), others):
         return Tier(name=None, reason=f"not beside {moves[0]}")
     if asked == "instant":
         return Tier(name="instant", reason='tier="instant"')
-    if trouble := compile_trouble(situation, situation.pipeline.denoiser, others):
-        return Tier(name="instant", reason=f"not compiled: {trouble[0].lower()}{trouble[1:].rstrip('.')}")
-    if asked == "compiled":
-        return Tier(name="compiled", reason='tier="compiled"')
-    return _fastest(situation)
+    faster = _fastest(situation)
+    if "compiled" in (asked, faster.name):
+        if trouble := compile_trouble(situation, situation.pipeline.denoiser, others):
+            return Tier(name="instant", reason=f"not compiled: {trouble[0].lower()}{trouble[1:].rstrip('.')}")
+        return faster if faster.name == "compiled" else Tier(name="compiled", reason='tier="compiled"')
+    return faster
+
+
+def _why_not_by_default(situation: Situation) -> str | None:
+    """Say why a plan takes no tier that it was not asked for, None where it does."""
+    facts, dtype = situation.pipeline, running_dtype(situation, judge_precision(situation))
+    if facts.family not in gains.TIER_GAINS:
+        return f"it has not been measured for this model ({facts.family})"
+    return None if dtype in _HALF else f"it has not been measured in {dtype}"
 
 
 def _fastest(situation: Situation) -> Tier:
     """Choose by the number of pictures, from measured figures."""
     gain, images = gains.TIER_GAINS.get(situation.pipeline.family), situation.request.images
     if gain is None:
-        return Tier(name="instant", reason='tier="fastest": nothing was measured to say when compiling pays here')
-    pays = f"compiling pays from {gain.break_even_images} pictures on ({gain.setting}; {gain.source})"
-    if images is None or images < gain.break_even_images:
+        return Tier(name="instant", reason="nothing was measured to say when compiling pays here")
+    measured = f"{gain.plain_ms} to {gain.instant_ms} ms a picture ({gain.setting}; {gain.source})"
+    if (pays := gain.break_even_images) is None:
+        return Tier(name="instant", reason=f"{measured}; nothing was measured to say when compiling pays")
+    then = f"compiling pays from {pays} pictures on ({gain.compiled_ms} ms; {gain.compiled_source})"
+    if images is None or images < pays:
         many = "how many are wanted was not said" if images is None else f"{images} are wanted"
-        return Tier(name="instant", reason=f'tier="fastest": {pays}, {many}')
-    return Tier(name="compiled", reason=f'tier="fastest": {pays}, {images} are wanted')
+        return Tier(name="instant", reason=f"{measured}; {then}, {many}")
+    return Tier(name="compiled", reason=f"{measured}; {then}, {images} are wanted")
 
 
 def judge_tier(situation: Situation, tier: Tier, *, compiled: bool) -> list[Verdict]:

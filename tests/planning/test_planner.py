@@ -190,15 +190,16 @@ def test_an_explicit_dtype_is_taken_where_the_card_has_it():
 
 
 def test_compiling_needs_enough_pictures_and_says_how_many():
+    """Without graphs, that is."""
     even = COMPILE_GAINS["sd15"].break_even_images
-    reason = _reason(_on("H100"), "compile_unet")
+    reason = _reason(_on("H100", tier="none"), "compile_unet")
     assert f"from {even} pictures on" in reason
     assert "images=N" in reason
-    assert "compile_unet" not in _actions(_on("H100", images=even))
-    many = _on("H100", images=even + 1)
+    assert "compile_unet" not in _actions(_on("H100", images=even, tier="none"))
+    many = _on("H100", images=even + 1, tier="none")
     assert _actions(many)[-2:] == ["compile_unet", "compile_vae"]
-    assert "enable_channels_last" in _actions(_on("H100", "sdxl", images=10_000))
-    assert "enable_channels_last" not in _actions(_on("H100", "sdxl"))
+    assert "enable_channels_last" in _actions(_on("H100", "sdxl", images=10_000, tier="none"))
+    assert "enable_channels_last" not in _actions(_on("H100", "sdxl", tier="none"))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_wrong_requests_are_refused(request_, text):
 @pytest.mark.parametrize(
     ("device", "name", "reason"),
     [
-        (DeviceFacts.card("H100"), "sd15", "this package has not measured it on a GPU yet"),
+        (DeviceFacts.card("H100"), "sd3", "A transformer has few of the layers they fit"),
         (DeviceFacts.card("P100"), "sd15", r"Triton needs SM 7.0, this is Tesla P100 .*SM 6.0"),
         (dataclasses.replace(DeviceFacts.card("H100"), triton=False), "sd15", "Triton is missing"),
         (dataclasses.replace(DeviceFacts.card("H100"), sm=None), "sd15", "written for NVIDIA GPUs"),

@@ -1,10 +1,11 @@
-"""Tiers: thrown only when asked for, whole where they fit, and the choice between them from measured figures."""
+"""Tiers: by themselves where they were measured, whole where they fit, and the choice between them from figures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.planning.architectures import facts_of
 from tests.state import differences, state_of
 
 H100 = DeviceFacts.card("H100")
-FIGURES = Path(__file__).parents[2] / "docs" / "benchmarks" / "prototypes-h100.json"
+ROOT = Path(__file__).parents[2]
 ONLY_OF_TIERS = {
     *("enable_cuda_graphs", "enable_sync_free_loop", "enable_fused_kernels", "enable_shared_guidance"),
     *("enable_prompt_projections", "enable_time_projections", "enable_vae_upcast_copy", "enable_pointwise_matmul"),
@@ -42,11 +43,29 @@ def reason(made: Plan, action: str) -> str:
     return next(item.reason for item in (*made.steps, *made.rejected) if item.action == action)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart"])
-def test_without_a_tier_nothing_of_one_is_taken(name):
-    made = plan(facts_of(name), H100, images=10_000)
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_what_was_measured_is_the_default(name):
+    made = plan(facts_of(name), H100)
+    assert taken(made) >= {"enable_cuda_graphs", "enable_sync_free_loop", "enable_fused_kernels"}
+    assert "compile_unet" not in taken(made)
+    gain = TIER_GAINS[name]
+    assert f"instant tier: {gain.plain_ms} to {gain.instant_ms} ms a picture" in " ".join(made.notes)
+    assert taken(plan(facts_of(name), H100, tier="none")) & ONLY_OF_TIERS == set()
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        (facts_of("pixart"), "it has not been measured for this model"),
+        (facts_of("sd15", dtype="float32"), "it has not been measured in float32"),
+    ],
+    ids=["pixart", "float32"],
+)
+def test_what_was_not_measured_has_to_be_asked_for(facts, why):
+    made = plan(facts, H100, images=10_000)
     assert taken(made) & ONLY_OF_TIERS == set()
-    assert "this package has not measured it on a GPU yet" in reason(made, "enable_cuda_graphs")
+    assert why in reason(made, "enable_cuda_graphs")
+    assert "enable_cuda_graphs" in taken(plan(facts, H100, tier="instant"))
 
 
 def test_instant_on_sd15():
@@ -71,32 +90,52 @@ def test_compiled_on_sdxl():
     assert order.index("compile_unet") < order.index("enable_cuda_graphs") < order.index("enable_prompt_projections")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_fastest_compiles_from_the_break_even_on_and_states_it(family):
-    pays = TIER_GAINS[family].break_even_images
-    few, many = (plan(facts_of(family), H100, tier="fastest", images=images) for images in (pays - 1, pays))
+@pytest.mark.parametrize("tier", ["fastest", None])
+def test_fastest_compiles_from_the_break_even_on_and_states_it(tier):
+    pays = TIER_GAINS["sd15"].break_even_images
+    few, many = (plan(facts_of("sd15"), H100, tier=tier, images=images) for images in (pays - 1, pays))
     assert "compile_unet" not in taken(few)
     assert "compile_unet" in taken(many)
-    for made in (few, many, plan(facts_of(family), H100, tier="fastest")):
+    for made in (few, many, plan(facts_of("sd15"), H100, tier=tier)):
         assert f"compiling pays from {pays} pictures on" in " ".join(made.notes)
         assert "enable_cuda_graphs" in taken(made)
 
 
+def test_fastest_does_not_compile_where_nothing_says_that_it_pays():
+    made = plan(facts_of("sdxl"), H100, tier="fastest", images=10**6)
+    assert TIER_GAINS["sdxl"].break_even_images is None
+    assert "compile_unet" not in taken(made)
+    assert "nothing was measured to say when compiling pays" in " ".join(made.notes)
+
+
 def test_the_break_even_is_where_both_are_done_at_the_same_time():
-    for gain in TIER_GAINS.values():
-        for images, compiled_is_sooner in ((gain.break_even_images, True), (gain.break_even_images - 1, False)):
-            instant = gain.instant_first_s + images * gain.instant_ms / 1000
-            compiled = gain.compiled_first_s + images * gain.compiled_ms / 1000
-            assert (compiled < instant) == compiled_is_sooner
+    gain = TIER_GAINS["sd15"]
+    for images, compiled_is_sooner in ((gain.break_even_images, True), (gain.break_even_images - 1, False)):
+        instant = gain.instant_first_s + images * gain.instant_ms / 1000
+        compiled = gain.compiled_first_s + images * gain.compiled_ms / 1000
+        assert (compiled < instant) == compiled_is_sooner
+    assert dataclasses.replace(gain, compiled_ms=gain.instant_ms).break_even_images is None
 
 
-def test_figures_are_those_of_their_file():
-    rows = json.loads(FIGURES.read_text())["rows"]
-    for row in rows:
-        gain, tier = TIER_GAINS[row["family"]], row["tier"]
-        assert getattr(gain, f"{tier}_ms") == row["picture_ms"]
-        assert getattr(gain, f"{tier}_first_s") == row["first_image_s"]
-    assert len(rows) == 4
+def rows_of(source: str) -> dict[str, dict[str, Any]]:
+    return {row["case"]: row for row in json.loads((ROOT / source).read_text())["rows"] if row["batch"] == 1}
+
+
+def milliseconds(row: dict[str, Any]) -> int:
+    assert len(row["seconds"]) >= 7
+    return round(1000 * statistics.median(row["seconds"]))
+
+
+@pytest.mark.parametrize("family", TIER_GAINS)
+def test_figures_are_those_of_their_files(family):
+    gain = TIER_GAINS[family]
+    rows = rows_of(gain.source)
+    assert (gain.plain_ms, gain.instant_ms) == (milliseconds(rows["stock"]), milliseconds(rows["tier-instant"]))
+    if gain.compiled_source is not None:
+        rows = rows_of(gain.compiled_source)
+        assert gain.compiled_ms == milliseconds(rows["tier-compiled"])
+        for name, seconds in (("instant", gain.instant_first_s), ("compiled", gain.compiled_first_s)):
+            assert seconds == float(f"{rows[f'tier-{name}']['first_image_s']:.3g}")
 
 
 @pytest.mark.parametrize(
@@ -177,5 +216,7 @@ def test_the_instant_tier_draws_stocks_picture(make, monkeypatch):
 
 
 def test_a_wrong_tier_is_refused():
-    with pytest.raises(InvalidOptionError, match="tier = 'turbo'; needed: one of instant, compiled, fastest, or None"):
+    with pytest.raises(
+        InvalidOptionError, match="tier = 'turbo'; needed: one of instant, compiled, fastest, none, or None"
+    ):
         plan(facts_of("sd15"), H100, tier="turbo")
