@@ -336,7 +336,6 @@ def test_wrong_requests_are_refused(request_, text):
 @pytest.mark.parametrize(
     ("device", "name", "reason"),
     [
-        (DeviceFacts.card("H100"), "sd3", "A transformer has few of the layers they fit"),
         (DeviceFacts.card("P100"), "sd15", r"Triton needs SM 7.0, this is Tesla P100 .*SM 6.0"),
         (dataclasses.replace(DeviceFacts.card("H100"), triton=False), "sd15", "Triton is missing"),
         (dataclasses.replace(DeviceFacts.card("H100"), sm=None), "sd15", "written for NVIDIA GPUs"),
