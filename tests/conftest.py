@@ -46,6 +46,14 @@ def _group_offload_without_an_accelerator(monkeypatch):
         monkeypatch.setattr("diffusers.hooks.group_offloading.torch", _TorchWithoutAccelerators())
 
 
+@pytest.fixture(autouse=True)
+def _give_gpu_memory_back(request):
+    """Several processes may test on one GPU: what one keeps for its next test, the others cannot have."""
+    yield
+    if torch.cuda.is_available() and request.node.get_closest_marker("gpu") is not None:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def pipe():
     """A fresh tiny Stable Diffusion pipeline."""
