@@ -16,7 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-LONGEST_FILES = ("test_exactness.py", "test_interpreted.py", "test_switches.py", "test_sequences.py")
+LONGEST_FILES = (
+    *("test_exactness.py", "test_interpreted.py", "test_switches.py", "test_sequences.py"),
+    *("test_compiled.py", "test_blame.py", "test_check.py"),
+)
 """Files that keep one of two workers busy for long: started last, the other one would wait for them."""
 
 

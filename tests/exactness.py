@@ -28,13 +28,19 @@ class Embeddings:
         return Embeddings(self.prompts[:count], self.empty, self.latents[:count])
 
 
-def embed(pipe: Any, pairs: int) -> Embeddings:
-    """Encode `pairs` prompts (objects in styles, each with a seed of its own) with an fp32 pipeline."""
+def embed(pipe: Any, pairs: int, side: int) -> Embeddings:
+    """Encode `pairs` prompts (objects in styles, each with a seed of its own) with an fp32 pipeline.
+
+    Args:
+        pipe: the pipeline.
+        pairs: how many.
+        side: of the latents, which need not be the one the model was trained at.
+    """
     texts = [f"a {STYLES[i % 4]} emoji of {OBJECTS[i // 4 % 8]}" for i in range(pairs)]
     with torch.no_grad():
         prompts, _ = pipe.encode_prompt(texts, pipe.device, 1, False)
         empty, _ = pipe.encode_prompt("", pipe.device, 1, False)
-    side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    channels = pipe.unet.config.in_channels
     latents = [
         torch.randn(channels, side, side, generator=torch.Generator().manual_seed(seed)) for seed in range(pairs)
     ]

@@ -57,7 +57,7 @@ class Pair:
 @pytest.mark.slow
 def test_a_loras_life_under_a_compiled_unet():
     pair = Pair()
-    pair.compiled.compile_unet(backend="aot_eager")
+    pair.compiled.compile_unet(backend="eager")  # what is compiled anew is for Dynamo to say, whatever comes after it
     pair.agree()
     pair.both(lambda pipe: load(pipe, 1, 4))
     pair.agree()

@@ -32,7 +32,7 @@ def _fresh_dynamo():
 
 
 def test_compiled_picture_is_exact_and_undo_gives_the_same_bits(tmp_path):
-    pipe = turbo(tiny.sd())
+    pipe = micro.sd()
     pipe.unet.save_pretrained(tmp_path / "stock")  # writes two entries into the config
     stock, before = tiny.picture(pipe), state_of(pipe)
     keys = list(pipe.unet.state_dict())
@@ -74,7 +74,7 @@ def test_transformers_compile_too():
 
 @pytest.mark.parametrize("order", ["compile first", "offload first"])
 def test_compile_and_model_offload_in_any_order(order):
-    pipe = turbo(tiny.sd())
+    pipe = micro.sd()
     stock, before = tiny.picture(pipe), state_of(pipe)
     switches = [lambda: pipe.compile_unet(backend="aot_eager"), lambda: pipe.enable_model_cpu_offload(device="cpu")]
     for switch in switches if order == "compile first" else reversed(switches):

@@ -21,6 +21,7 @@ from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.kernels import KERNELS, base
 from diffusers_turbo.parity import distance
 from tests import tiny
+from tests.compilation import micro
 from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
 
@@ -151,8 +152,9 @@ def test_offload_goes_around_the_kernels_in_any_order(pipe, offload, first, kern
     assert differences(before, state_of(pipe)) == []
 
 
-def test_a_compiled_unet_is_compiled_anew_with_the_kernels_on_and_off(pipe, kernel_calls):
-    stock = tiny.picture(turbo(pipe), steps=1)
+def test_a_compiled_unet_is_compiled_anew_with_the_kernels_on_and_off(kernel_calls):
+    pipe = micro.sd()
+    stock = tiny.picture(pipe, steps=1)
     pipe.unet = pipe.unet.to(memory_format=torch.channels_last)
     pipe.compile_unet(backend="eager")
     pipe.enable_fused_kernels(geglu=False, add_layer_norm=False)

@@ -16,6 +16,7 @@ from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import NotSupportedError
 from tests import tiny
 from tests.algebra.changing import between_steps, lora_on, no_more_guidance
+from tests.compilation import micro
 from tests.controlled import controlled, controlled_picture
 from tests.graphs.changing import CHANGES, Scaled, lora, unload
 from tests.state import differences, state_of
@@ -272,7 +273,7 @@ def test_refusals(make, found):
 @pytest.mark.slow
 def test_under_a_compiler_in_one_graph():
     torch._dynamo.reset()
-    stock, ahead = twins()
+    stock, ahead = twins(micro.sd)
     ahead.compile_unet(backend="eager", fullgraph=True)
     assert same_picture(stock, ahead)
     assert projected(ahead) == 1

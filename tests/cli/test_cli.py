@@ -28,7 +28,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_bench_writes_tables_plots_and_raw_numbers_and_goes_on(tmp_path, capsys):
     asked = ["bench", *MODEL, "--configs", "stock", "half", "xformers", "--batch", "1", "2", "--steps", "1"]
-    asked += ["--rounds", "2", "--pairs", "1", "--out", str(tmp_path)]
+    asked += ["--size", "64", "--rounds", "2", "--pairs", "1", "--out", str(tmp_path)]
     assert main(asked) == 0
     printed = told(capsys)
     assert "vs baseline" in printed
@@ -56,7 +56,7 @@ def test_bench_writes_tables_plots_and_raw_numbers_and_goes_on(tmp_path, capsys)
 def test_a_suite_on_another_model_has_the_published_numbers_beside(tmp_path, capsys):
     section = read_suite("diffusers-docs").sections[0]
     asked = ["bench", *MODEL, "--suite", "diffusers-docs", "--section", section.name, "--configs", section.baseline]
-    asked += ["--size", "128", "--steps", "1", "--rounds", "1", "--pairs", "0", "--out", str(tmp_path)]
+    asked += ["--size", "64", "--steps", "1", "--rounds", "1", "--pairs", "0", "--out", str(tmp_path)]
     assert main(asked) == 0
     printed = told(capsys)
     assert "published on" in printed

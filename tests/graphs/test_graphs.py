@@ -15,6 +15,7 @@ from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import InvalidOptionError, NotSupportedError
 from diffusers_turbo.graphs.capture import CAPTURES
 from tests import tiny
+from tests.compilation import micro
 from tests.controlled import controlled, controlled_picture
 from tests.graphs.changing import twin_pipes, unet_call
 from tests.graphs.fake import FakeCapture
@@ -111,7 +112,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(monkeypatch):
 @pytest.mark.parametrize("graphs_first", [True, False])
 @pytest.mark.parametrize("undo_graphs_first", [True, False])
 def test_over_a_compiled_unet_in_any_order(graphs_first, undo_graphs_first):
-    pipe = turbo(tiny.sd())
+    pipe = micro.sd()
     stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
     switches = [pipe.enable_cuda_graphs, lambda: pipe.compile_unet(backend="eager")]
     for switch in switches if graphs_first else reversed(switches):
