@@ -119,7 +119,25 @@ class DeviceFacts:
 
     def fused_sdpa(self, dtype: str) -> tuple[str, ...]:
         """Return the SDPA backends that run with this dtype and never hold the score matrix."""
-        return tuple(name for name, dtypes in self.sdpa_kernels.items() if name != "math" and dtype in dtypes)
+        table = self._sdpa_tried.get(dtype)
+        if table is None:
+            table = self._sdpa_tried[dtype] = self.sdpa_kernels if self._knows_sdpa else self._try_sdpa(dtype)
+        return tuple(name for name, dtypes in table.items() if name != "math" and dtype in dtypes)
+
+    @cached_property
+    def _sdpa_tried(self) -> dict[str, KernelTable]:
+        return {}
+
+    @property
+    def _knows_sdpa(self) -> bool:
+        """Whether the whole table costs nothing: it is a card's, or was read before."""
+        return self.predicted_sdpa is not None or "sdpa_kernels" in vars(self)
+
+    def _try_sdpa(self, dtype: str) -> KernelTable:
+        """Try one dtype alone: cuDNN takes a good part of a second to plan its first call of each."""
+        from .kernels import probe_sdpa
+
+        return probe_sdpa(self.device, (dtype,))
 
     @classmethod
     def card(cls, name: str) -> DeviceFacts:

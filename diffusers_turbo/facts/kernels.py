@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _TOLERANCE = 2e-2
 Attend = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], Any]
 
 
-def probe_sdpa(device: str) -> KernelTable:
+def probe_sdpa(device: str, dtypes: Sequence[str] = _DTYPES) -> KernelTable:
     """Run each SDPA backend once per dtype on `device` and return those that gave the right answer.
 
     Names are those of `enable_sdpa(backend=)`: flash, efficient, cudnn, math. Never raises: an operator that fails,
@@ -52,7 +52,7 @@ def probe_sdpa(device: str) -> KernelTable:
         }
     elif kind == "mps":
         calls = {"math": lambda q, k, v: aten._scaled_dot_product_attention_math_for_mps(q, k, v)[0]}
-    return {name: dtypes for name, call in calls.items() if (dtypes := _dtypes_that_run(call, device))}
+    return {name: ran for name, call in calls.items() if (ran := _dtypes_that_run(call, device, dtypes))}
 
 
 def probe_xformers(device: str) -> KernelTable:
@@ -94,7 +94,7 @@ def _import_fmha() -> Any:
     return fmha
 
 
-def _dtypes_that_run(call: Attend, device: str) -> tuple[str, ...]:
+def _dtypes_that_run(call: Attend, device: str, dtypes: Sequence[str] = _DTYPES) -> tuple[str, ...]:
     """Return the dtypes for which `call` agrees with attention written out in float32 on the CPU."""
     import torch
 
@@ -103,7 +103,7 @@ def _dtypes_that_run(call: Attend, device: str) -> tuple[str, ...]:
     q, k, v = waves.reshape(3, 1, _HEADS, _TOKENS, _HEAD_DIM)
     expected = torch.softmax(q @ k.transpose(-1, -2) / _HEAD_DIM**0.5, dim=-1) @ v
     ran = []
-    for name in _DTYPES:
+    for name in dtypes:
         try:
             with torch.no_grad():
                 got = call(*(x.to(device=device, dtype=getattr(torch, name)) for x in (q, k, v)))

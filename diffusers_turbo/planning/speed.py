@@ -127,14 +127,15 @@ def judge_attention(situation: Situation, dtype: str) -> list[Verdict]:
     if foreign and not set(facts.processors) & set(PLAIN_PROCESSORS):
         reason = f"The processors in force ({', '.join(foreign)}) are the model's own and stay."
         return [naive, leave(SDPAAttention(), reason), leave(XFormersAttention(), reason)]
-    xformers = tuple(name for name, dtypes in device.xformers_kernels.items() if dtype in dtypes)
-    if xformers and not fused:
+    # importing and trying xFormers takes seconds, which a device with a fused kernel of torch's own need not spend
+    xformers = () if fused else tuple(name for name, dtypes in device.xformers_kernels.items() if dtype in dtypes)
+    if xformers:
         return [
             naive,
             leave(SDPAAttention(), f"SDPA has no fused kernel for {dtype} on {sm_text(device)}, xFormers has."),
             take(XFormersAttention(), f"Its {xformers[0]} ran here with {dtype}, where SDPA has no fused kernel."),
         ]
-    if xformers:
+    if fused:
         no_xformers = f"SDPA has a fused kernel for {dtype} ({', '.join(fused)}); xFormers' are the same algorithms."
     else:
         where = "a catalog card, nothing was run" if device.assumed else "installed or not, none ran here"

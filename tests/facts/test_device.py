@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from diffusers_turbo import plan
 from diffusers_turbo.facts import probing
 from diffusers_turbo.facts.device import (
     DeviceFacts,
@@ -18,6 +19,7 @@ from diffusers_turbo.facts.device import (
     unusable_formats,
 )
 from diffusers_turbo.facts.host import cxx_compiler, host_memory
+from tests import tiny
 
 
 def test_probing_the_cpu_says_what_is_there():
@@ -52,6 +54,26 @@ def test_kernels_are_tried_lazily_and_once(monkeypatch):
     assert calls == []
     assert facts.sdpa_kernels == facts.sdpa_kernels == {"math": ()}
     assert calls == ["cpu"]
+
+
+def test_a_plan_tries_its_own_dtype_once_and_no_xformers_beside_a_fused_kernel(monkeypatch):
+    """Each costs the first image of a new process up to seconds on a GPU."""
+    tried = []
+
+    def probe_sdpa(device, dtypes=("all",)):
+        tried.append(dtypes)
+        return {"flash": dtypes, "math": dtypes}
+
+    monkeypatch.setattr("diffusers_turbo.facts.kernels.probe_sdpa", probe_sdpa)
+    monkeypatch.setattr("diffusers_turbo.facts.kernels.probe_xformers", lambda device: tried.append("xformers") or {})
+    facts = probe("cpu")
+    for _ in range(2):
+        plan(tiny.sd(), facts)
+    assert tried == [("float32",)]
+    assert facts.sdpa_kernels == {"flash": ("all",), "math": ("all",)}
+    monkeypatch.setattr("diffusers_turbo.facts.kernels.probe_sdpa", lambda device, dtypes=(): {"math": dtypes})
+    plan(tiny.sd(), probe("cpu"))
+    assert tried[-1] == "xformers"
 
 
 def test_the_cpus_kernels_really_run():
