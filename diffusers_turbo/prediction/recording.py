@@ -1,0 +1,231 @@
+"""What a run does to memory, as a list of events: taken on the meta device once, replayed as often as one likes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten: Any = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A storage of `size` bytes was made; `key` names it until it is gone."""
+
+    key: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The last tensor on a storage was dropped."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Convolved:
+    """A convolution ran, in bytes; `copies_input`: its input had to be laid out anew, which the operator hides."""
+
+    input: int
+    output: int
+    weight: int
+    channels_last: bool
+    copies_input: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Multiplied:
+    """A matrix product ran, for which cuBLAS keeps a workspace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """The module of this path began its forward."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The module of this path ended its forward."""
+
+    path: str
+
+
+Event = Made | Gone | Convolved | Multiplied | Entered | Left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """The events of one stage. What it leaves behind lives on under the keys in `kept`.
+
+    Attributes:
+        events: in order.
+        kept: keys of storages that outlive the stage.
+        inputs: bytes of the tensors that the stage's networks were given, one tuple for each network.
+        operators: how many operators ran.
+        reasons: why parts of it are not a run but the closed-form estimate; empty where all of it ran.
+    """
+
+    events: tuple[Event, ...]
+    kept: tuple[int, ...] = ()
+    inputs: tuple[tuple[int, ...], ...] = ()
+    operators: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten.addbmm.default,
+}
+
+
+# Operators that make one tensor like their operands: most of a network's, and slow in meta's Python code.
+_POINTWISE = {
+    *(_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor),
+    *(_aten.silu.default, _aten.gelu.default, _aten.sigmoid.default, _aten.tanh.default),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down which storages operators make and when they go; those of the given modules count as weights.
+
+    >>> with Recorder() as recorder:
+    ...     total = (torch.zeros(1024, device="meta") + 1).sum()
+    >>> [event.size for event in recorder.events if isinstance(event, Made)]
+    [4096, 4096, 4]
+    """
+
+    def __init__(self, weights: Iterable[nn.Module] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[Event] = []
+        self.operators = 0
+        self._open = True
+        self._known: dict[int, weakref.ref[torch.UntypedStorage] | None] = {}
+        self._keys: dict[int, int] = {}
+        for module in weights:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._known[tensor.untyped_storage()._cdata] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and write down what it made."""
+        alike = func in _POINTWISE and _are_alike(args)
+        result = torch.empty_like(args[0]) if alike else func(*args, **(kwargs or {}))
+        self.operators += 1
+        if isinstance(result, Tensor):
+            self._see(result)
+        elif isinstance(result, (tuple, list)):
+            for item in result:
+                if isinstance(item, Tensor):
+                    self._see(item)
+        if func in _PRODUCTS:
+            self.events.append(Multiplied())
+        elif func is _aten.convolution.default:
+            self.events.append(_convolved(args[0], args[1], result))
+        return result
+
+    def borrow(self, size: int) -> int:
+        """Write down a storage that no tensor stands for; return its key."""
+        key = len(self.events)
+        self.events.append(Made(key, size))
+        return key
+
+    def give_back(self, key: int) -> None:
+        """Write down that a borrowed storage is gone."""
+        self.events.append(Gone(key))
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        if identity in self._known or not storage.nbytes():
+            return
+        key = self.borrow(storage.nbytes())
+        self._keys[identity] = key
+
+        def gone(_: Any) -> None:
+            del self._known[identity], self._keys[identity]
+            if self._open:
+                self.give_back(key)
+
+        self._known[identity] = weakref.ref(storage, gone)
+
+    def close(self) -> tuple[int, ...]:
+        """Write nothing more down; return the keys of the storages that are still there."""
+        self._open = False
+        return tuple(sorted(self._keys.values()))
+
+
+def _are_alike(operands: tuple[Any, ...]) -> bool:
+    """Whether the operands are meta tensors that differ in nothing, so that the result is one more like them."""
+    first = operands[0]
+    return first.device.type == "meta" and all(
+        isinstance(other, Tensor)
+        and other.shape == first.shape
+        and other.stride() == first.stride()
+        and other.dtype == first.dtype
+        for other in operands[1:]
+    )
+
+
+def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
+    last = torch.channels_last
+    wants_last = image.dim() == 4 and _is_last(weight, image)
+    return Convolved(
+        input=image.nbytes,
+        output=result.nbytes,
+        weight=weight.nbytes,
+        channels_last=wants_last,
+        copies_input=not image.is_contiguous(memory_format=last if wants_last else torch.contiguous_format),
+    )
+
+
+def _is_last(weight: Tensor, image: Tensor) -> bool:
+    """Whether cuDNN is asked for channels-last: it is as soon as one of the two is laid out so."""
+    return any(
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        for tensor in (weight, image)
+    )
+
+
+@dataclass
+class Marks:
+    """Hooks on modules that write down when each begins and ends; what they write to is set for each recording."""
+
+    recorder: Recorder | None = None
+    handles: list[Any] = field(default_factory=list)
+
+    def put_on(self, module: nn.Module, path: str) -> None:
+        """Have a module's forward written down under `path`."""
+
+        def entered(*_: Any) -> None:
+            self.write(Entered(path))
+
+        def left(*_: Any) -> None:
+            self.write(Left(path))
+
+        self.handles += [module.register_forward_pre_hook(entered), module.register_forward_hook(left)]
+
+    def write(self, event: Event) -> None:
+        """Write an event down if something is being recorded."""
+        if self.recorder is not None:
+            self.recorder.events.append(event)
+
+    @contextmanager
+    def to(self, recorder: Recorder) -> Iterator[None]:
+        """Write to `recorder` inside the block."""
+        self.recorder = recorder
+        try:
+            yield
+        finally:
+            self.recorder = None
