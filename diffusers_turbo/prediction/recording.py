@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
@@ -122,6 +123,10 @@ class Recorder(TorchDispatchMode):
         """Run the operator and write down what it made."""
         alike = func in _POINTWISE and _are_alike(args)
         result = torch.empty_like(args[0]) if alike else func(*args, **(kwargs or {}))
+        convolves = func is _aten.convolution.default
+        if convolves and _asks_for_last(args[0], args[1]):
+            # cuDNN answers in the layout it was asked for; the meta device does not
+            result = result.contiguous(memory_format=torch.channels_last)
         self.operators += 1
         if isinstance(result, Tensor):
             self._see(result)
@@ -131,7 +136,7 @@ class Recorder(TorchDispatchMode):
                     self._see(item)
         if func in _PRODUCTS:
             self.events.append(Multiplied())
-        elif func is _aten.convolution.default:
+        elif convolves:
             self.events.append(_convolved(args[0], args[1], result))
         return result
 
@@ -179,23 +184,21 @@ def _are_alike(operands: tuple[Any, ...]) -> bool:
 
 
 def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
-    last = torch.channels_last
-    wants_last = image.dim() == 4 and _is_last(weight, image)
+    wants_last = _asks_for_last(image, weight)
     return Convolved(
         input=image.nbytes,
         output=result.nbytes,
         weight=weight.nbytes,
         channels_last=wants_last,
-        copies_input=not image.is_contiguous(memory_format=last if wants_last else torch.contiguous_format),
+        copies_input=not image.is_contiguous(
+            memory_format=torch.channels_last if wants_last else torch.contiguous_format
+        ),
     )
 
 
-def _is_last(weight: Tensor, image: Tensor) -> bool:
+def _asks_for_last(image: Tensor, weight: Tensor) -> bool:
     """Whether cuDNN is asked for channels-last: it is as soon as one of the two is laid out so."""
-    return any(
-        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-        for tensor in (weight, image)
-    )
+    return any(suggest_memory_format(tensor) is torch.channels_last for tensor in (image, weight))
 
 
 @dataclass
