@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,10 +93,33 @@ _PRODUCTS = {
 }
 
 
-# Operators that make one tensor like their operands: most of a network's, and slow in meta's Python code.
-_POINTWISE = {
-    *(_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor),
-    *(_aten.silu.default, _aten.gelu.default, _aten.sigmoid.default, _aten.tanh.default),
+def _like_first(*operands: Any) -> Tensor | None:
+    """A tensor like the operands, where they differ in nothing."""
+    first: Tensor = operands[0]
+    for other in operands[1:]:
+        if not isinstance(other, Tensor) or other.shape != first.shape or other.dtype != first.dtype:
+            return None
+        if other.stride() != first.stride():
+            return None
+    return torch.empty_like(first)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
+
+
+def _normed(x: Tensor, shape: list[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // math.prod(shape)
+    return x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+# Most of a network's operators, whose results are plain to see: the meta device's own code for them is slow Python.
+_QUICK: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor), _like_first),
+    **dict.fromkeys((_aten.silu.default, _aten.gelu.default, _aten.sigmoid.default, _aten.tanh.default), _like_first),
+    **dict.fromkeys((_aten.mm.default, _aten.bmm.default), _product),
+    _aten.addmm.default: lambda bias, left, right: _product(left, right),
+    _aten.native_layer_norm.default: _normed,
 }
 
 
@@ -115,17 +139,21 @@ class Recorder(TorchDispatchMode):
         self._open = True
         self._known: dict[int, weakref.ref[torch.UntypedStorage] | None] = {}
         self._keys: dict[int, int] = {}
+        self._repeated: list[int] = []
         for module in weights:
             for tensor in (*module.parameters(), *module.buffers()):
                 self._known[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and write down what it made."""
-        alike = func in _POINTWISE and _are_alike(args)
-        result = torch.empty_like(args[0]) if alike else func(*args, **(kwargs or {}))
+        result = None
+        if (quick := _QUICK.get(func)) is not None and args[0].device.type == "meta":
+            result = quick(*args)
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         convolves = func is _aten.convolution.default
-        if convolves and _asks_for_last(args[0], args[1]):
-            # cuDNN answers in the layout it was asked for; the meta device does not
+        if convolves and _asks_for_last(args[1]):
+            # the meta device answers in another layout
             result = result.contiguous(memory_format=torch.channels_last)
         self.operators += 1
         if isinstance(result, Tensor):
@@ -139,6 +167,19 @@ class Recorder(TorchDispatchMode):
         elif convolves:
             self.events.append(_convolved(args[0], args[1], result))
         return result
+
+    def repeat(self, start: int) -> None:
+        """Write the events from `start` on down once more, for a second run that would be the same."""
+        keys: dict[int, int] = {}
+        for event in self.events[start:]:
+            if isinstance(event, Made):
+                keys[event.key] = self.borrow(event.size)
+            elif isinstance(event, Gone):
+                if event.key in keys:
+                    self.give_back(keys.pop(event.key))
+            else:
+                self.events.append(event)
+        self._repeated += keys.values()
 
     def borrow(self, size: int) -> int:
         """Write down a storage that no tensor stands for; return its key."""
@@ -168,23 +209,11 @@ class Recorder(TorchDispatchMode):
     def close(self) -> tuple[int, ...]:
         """Write nothing more down; return the keys of the storages that are still there."""
         self._open = False
-        return tuple(sorted(self._keys.values()))
-
-
-def _are_alike(operands: tuple[Any, ...]) -> bool:
-    """Whether the operands are meta tensors that differ in nothing, so that the result is one more like them."""
-    first = operands[0]
-    return first.device.type == "meta" and all(
-        isinstance(other, Tensor)
-        and other.shape == first.shape
-        and other.stride() == first.stride()
-        and other.dtype == first.dtype
-        for other in operands[1:]
-    )
+        return tuple(sorted((*self._keys.values(), *self._repeated)))
 
 
 def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
-    wants_last = _asks_for_last(image, weight)
+    wants_last = _asks_for_last(weight)
     return Convolved(
         input=image.nbytes,
         output=result.nbytes,
@@ -196,9 +225,13 @@ def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
     )
 
 
-def _asks_for_last(image: Tensor, weight: Tensor) -> bool:
-    """Whether cuDNN is asked for channels-last: it is as soon as one of the two is laid out so."""
-    return any(suggest_memory_format(tensor) is torch.channels_last for tensor in (image, weight))
+def _asks_for_last(weight: Tensor) -> bool:
+    """Whether cuDNN works in channels-last: decided by the weight alone.
+
+    PyTorch asks for it where the input is laid out so, too, which it is after a VAE's attention; measured peaks show the
+    copies of NCHW there all the same (docs/decisions/memory-prediction.md).
+    """
+    return suggest_memory_format(weight) is torch.channels_last
 
 
 @dataclass

@@ -42,6 +42,7 @@ class Stages:
         self.skeleton, self.device, self.picture, self.marks = skeleton, device, picture, marks
         self.pipe, self.facts = skeleton.pipe, skeleton.facts
         self._inputs: list[tuple[int, ...]] = []
+        self.recorder = Recorder()
 
     def names(self) -> list[str]:
         """The stages that a call of this pipeline has."""
@@ -56,7 +57,7 @@ class Stages:
             "decode": self._decode,
         }
         self._inputs = []
-        recorder = Recorder(self.skeleton.modules.values())
+        self.recorder = recorder = Recorder(self.skeleton.modules.values())
         reasons: list[str] = []
         kept: list[Any] = []
         with self.marks.to(recorder), torch.no_grad(), KernelMemory(self.device), recorder:
@@ -116,13 +117,14 @@ class Stages:
             if part.role != "text_encoder":
                 continue
             module = self._module(part.name)
-            # the prompt, then the negative prompt
-            for _ in range(self.facts.guidance_copies):
-                output = module(**self._ran(text_inputs(module, part.name, self.pipe, prompts)))
-                states = output.hidden_states[-2] if output.hidden_states else output.last_hidden_state
-                found.append(states)
-                del output
-        yield [torch.cat([states]) for states in found]
+            start = len(self.recorder.events)
+            output = module(**self._ran(text_inputs(module, part.name, self.pipe, prompts)))
+            found.append(output.hidden_states[-2] if output.hidden_states else output.last_hidden_state)
+            del output
+            for _ in range(self.facts.guidance_copies - 1):  # the negative prompt
+                self.recorder.repeat(start)
+        # both halves of guidance in one tensor; the parts live on beside it
+        yield found, [states.new_empty(self.facts.guidance_copies, *states.shape) for states in found]
 
     def _vae_encode(self) -> Iterator[Any]:
         vae = self._known_vae()
