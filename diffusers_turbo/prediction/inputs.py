@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..facts.pipeline import PipelineFacts
 
@@ -77,7 +77,7 @@ def _default(pipe: Any, name: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def denoiser_inputs(module: nn.Module, call: Call) -> dict[str, Any]:
+def denoiser_inputs(module: Any, call: Call) -> dict[str, Any]:
     """Return what the denoiser is called with.
 
     Raises:
@@ -98,7 +98,7 @@ def _unet(config: Any, call: Call) -> dict[str, Any]:
     ):
         if (found := getattr(config, option, None)) not in known:
             raise UnknownInputs(f"its UNet has {option}={found!r}, which takes inputs that are not known")
-    inputs = {
+    inputs: dict[str, Any] = {
         "sample": call.empty(call.samples, config.in_channels, *call.latent_size),
         "timestep": call.empty(dtype=torch.int64),
         "encoder_hidden_states": call.empty(call.samples, prompt_tokens(call.pipe), _widest(config)),
@@ -121,7 +121,7 @@ def _asks_for_score(pipe: Any) -> bool:
 
 def _widest(config: Any) -> int:
     width = config.cross_attention_dim
-    return max(width) if isinstance(width, (list, tuple)) else width
+    return int(max(width) if isinstance(width, (list, tuple)) else width)
 
 
 def _sd3(config: Any, call: Call) -> dict[str, Any]:
@@ -179,7 +179,7 @@ CONTROLNETS = ("ControlNetModel",)
 """ControlNets whose residuals go into a UNet."""
 
 
-def controlnet_inputs(module: nn.Module, unet_inputs: dict[str, Any], call: Call) -> dict[str, Any]:
+def controlnet_inputs(module: Any, unet_inputs: dict[str, Any], call: Call) -> dict[str, Any]:
     """Return what a ControlNet is called with beside a UNet.
 
     Raises:
@@ -188,8 +188,10 @@ def controlnet_inputs(module: nn.Module, unet_inputs: dict[str, Any], call: Call
     name = type(module).__name__
     if name not in CONTROLNETS:
         raise UnknownInputs(f"what a {name} is called with is not known")
-    inputs = {
-        key: unet_inputs[key] for key in ("timestep", "encoder_hidden_states", "added_cond_kwargs") if key in unet_inputs
+    inputs: dict[str, Any] = {
+        key: unet_inputs[key]
+        for key in ("timestep", "encoder_hidden_states", "added_cond_kwargs")
+        if key in unet_inputs
     }
     sample = unet_inputs["sample"][:, : module.config.in_channels]  # inpainting adds a mask for the UNet alone
     channels = module.config.conditioning_channels
@@ -201,7 +203,7 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel
 """Text encoders that are called with the ids of tokens."""
 
 
-def text_inputs(module: nn.Module, name: str, pipe: Any, prompts: int) -> dict[str, Any]:
+def text_inputs(module: Any, name: str, pipe: Any, prompts: int) -> dict[str, Any]:
     """Return what the text encoder `name` is called with.
 
     Raises:

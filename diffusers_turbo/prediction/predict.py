@@ -10,14 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import NotSupportedError, explain_failure
+import torch
+from torch import nn
+
+from ..attention import attention_layers
+from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts
 from ..planning import options as opt
 from ..planning.memory import MemoryEstimate, estimate_memory
 from ..planning.options import Options
 from ..planning.request import Request, settle
-from .allocator import Allocator, Block
+from .allocator import Allocator
+from .calling import PipelineCall
 from .inputs import Picture, prompt_tokens
 from .recording import Marks, Recording
 from .replay import Peak, Replay
@@ -25,7 +30,7 @@ from .residency import Weights, marked_paths, read_weights, residency_of
 from .result import MemoryPrediction, StagePeak
 from .skeleton import Skeleton, skeleton_of
 from .stages import Stages, widens_vae
-from .switches import AS_PLAIN, IN_REPLAY, NO_DIFFERENCE, UNMEASURED, in_force, throw, widen_vae
+from .switches import AS_PLAIN, IN_REPLAY, NO_DIFFERENCE, UNMEASURED, in_force, throw
 from .workspaces import Workspaces, workspaces_of
 
 MARGIN_ESTIMATED = 0.15
@@ -69,12 +74,17 @@ def predict_memory(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A skeleton with its switches thrown, its weights, and what could not be thrown."""
+    """A skeleton with its switches thrown, its weights, and what could not be thrown.
+
+    `widened`: the pipeline casts its VAE to float32 to work; the skeleton's is cast, its weights are given as they are
+    between the stages.
+    """
 
     skeleton: Skeleton
     weights: Weights
     marks: Marks
     told: tuple[str, ...]
+    widened: bool
 
 
 @dataclass
@@ -116,7 +126,7 @@ class Predictor:
     ) -> MemoryPrediction:
         """Predict; see `predict_memory`."""
         assert self.device is not None
-        options = in_force(self.pipe, options)
+        options = in_force(self.pipe, _checked(options))
         prepared = self._prepare(options)
         facts = prepared.skeleton.facts
         situation = settle(facts, self.device, Request(height=height, width=width, batch_size=batch_size))
@@ -140,9 +150,7 @@ class Predictor:
             already = in_force(self.pipe, ())
             told = throw(skeleton, thrown, already, self.device)
             blobs = {
-                part.name: part.parameter_bytes
-                for part in skeleton.facts.components
-                if part.name in skeleton.left_out
+                part.name: part.parameter_bytes for part in skeleton.facts.components if part.name in skeleton.left_out
             }
             weights = read_weights(skeleton.pipe, skeleton.modules, blobs)
             marks = Marks()
@@ -152,9 +160,10 @@ class Predictor:
                     path = f"{component}.{name}" if name else component
                     if path in paths:
                         marks.put_on(module, path)
-            if widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
-                widen_vae(skeleton)
-            self._prepared[thrown] = _Prepared(skeleton, weights, marks, tuple(told))
+            if widened := widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
+                # past diffusers' own `to`, which warns of modules that it would keep
+                nn.Module.to(skeleton.modules["vae"], torch.float32)
+            self._prepared[thrown] = _Prepared(skeleton, weights, marks, tuple(told), widened)
         return self._prepared[thrown]
 
     def _record(
@@ -164,7 +173,8 @@ class Predictor:
         stages = Stages(prepared.skeleton, self.device, picture, prepared.marks)
         found = {}
         for stage in stages.names():
-            key = (id(prepared), stage, picture)
+            # what only the VAE heeds makes no other stage differ
+            key = (stage, picture, tuple(x for x in options if _matters(x, stage)))
             if key not in self._recordings:
                 closed = estimate.stage("encode" if stage == "vae_encode" else stage)
                 self._recordings[key] = stages.record(stage, closed)
@@ -175,14 +185,16 @@ class Predictor:
         self, prepared: _Prepared, options: Sequence[Options], picture: Picture, recordings: dict[str, Recording]
     ) -> dict[str, Peak]:
         on = {type(option): option for option in options}
-        widens = widens_vae(self.pipe) or _widens_once_cast(prepared, options)
+        widens, weights = prepared.widened, prepared.weights
         allocator = Allocator()
         offload = next((on[kind] for kind in _OFFLOADS if kind in on), None) or _offload_found(prepared.skeleton.facts)
         tiled = opt.VAETiling in on or bool(getattr(getattr(self.pipe, "vae", None), "use_tiling", False))
         whole = widens or (tiled and bool(getattr(offload, "use_stream", False)))
-        residency = residency_of(offload, prepared.weights, allocator, vae_as_a_whole=whole)
+        if offload is not None and widens:
+            weights = weights.widened("vae")  # cast where they wait
+        residency = residency_of(offload, weights, allocator, vae_as_a_whole=whole)
         replay = Replay(allocator, self._workspaces, residency)
-        call = _CallOfPipeline(
+        call = PipelineCall(
             replay,
             recordings,
             widens_vae=widens,
@@ -210,9 +222,10 @@ class Predictor:
         workspaces, facts = self._workspaces, prepared.skeleton.facts
         stages = tuple(_stage(name, peak, recordings[name].reasons) for name, peak in peaks.items())
         notes = [*self._about_level(), *prepared.told]
-        notes += [f"{stage.stage} is the closed-form estimate: {stage.estimated}" for stage in stages if stage.estimated]
+        estimated = [stage for stage in stages if stage.estimated]
+        notes += [f"{stage.stage} is the closed-form estimate: {stage.estimated}" for stage in estimated]
         notes += dict.fromkeys(AS_PLAIN[type(option)] for option in options if type(option) in AS_PLAIN)
-        unsure = any(stage.estimated for stage in stages) or any(isinstance(option, UNMEASURED) for option in options)
+        unsure = bool(estimated) or any(isinstance(option, UNMEASURED) for option in options)
         return MemoryPrediction(
             stages=stages,
             margin=max(workspaces.margin, MARGIN_ESTIMATED if unsure else 0.0),
@@ -236,7 +249,9 @@ class Predictor:
         workspaces = self._workspaces
         if workspaces.measured:
             return []
-        level = ".".join(map(str, self.device.sm)) if self.device.sm else f"none ({self.device.device_type})"
+        if self.device.sm is None:
+            return [f"{self.device.name} has no CUDA allocator: these are the peaks of an H100"]
+        level = ".".join(map(str, self.device.sm))
         return [
             f"workspaces were never measured on SM level {level}: those of SM "
             f"{workspaces.sm[0]}.{workspaces.sm[1]} are assumed, with a margin of {workspaces.margin:.0%}"
@@ -246,50 +261,13 @@ class Predictor:
 _OFFLOADS = (opt.SequentialOffload, opt.GroupOffload, opt.ModelOffload)
 
 
-@dataclass
-class _CallOfPipeline:
-    """One call of the pipeline through a replay, or two where graphs are captured at the second."""
-
-    replay: Replay
-    recordings: dict[str, Recording]
-    widens_vae: bool
-    keeps_wide: bool
-    offloaded: bool
-    graphs: bool
-    projected_bytes: int
-
-    def peaks(self) -> dict[str, Peak]:
-        """Return the peak of each stage."""
-        self.replay.residency.begin()
-        found: dict[str, Peak] = {}
-        # a denoiser is captured at its second step, everything else at the second picture
-        for call in range(2 if self.graphs else 1):
-            held: list[Block] = []
-            if self.projected_bytes and call == 0:
-                self.replay.hold(self.projected_bytes, "activations")
-            for stage, recording in self.recordings.items():
-                self.replay.begin_stage()
-                self._stage(stage, recording, call, held)
-                found[stage] = found[stage].higher(self.replay.peak) if stage in found else self.replay.peak
-            self.replay.release(held)
-        return found
-
-    def _stage(self, stage: str, recording: Recording, call: int, held: list[Block]) -> None:
-        of_vae = stage in ("vae_encode", "decode")
-        # offload casts weights where they wait; the components come in wide, see below
-        cast = of_vae and self.widens_vae and not self.offloaded and not (self.keeps_wide and call)
-        if cast:
-            self.replay.residency.widen("vae", keep=self.keeps_wide)
-        if self.graphs and stage == "denoise":
-            if call == 0:
-                held += self.replay.run(recording)
-                self.replay.capture(recording)
-        elif self.graphs and call == 1 and stage != "vae_encode":
-            self.replay.capture(recording)
-        else:
-            held += self.replay.run(recording)
-        if cast and not self.keeps_wide:
-            self.replay.residency.narrow("vae")
+def _checked(options: Sequence[Options]) -> Sequence[Options]:
+    for option in options:
+        if not isinstance(option, Options):
+            found, needed = f"{option!r} among the options", "options such as VAESlicing()"
+            do = 'make them with planning.options.make_options("enable_vae_slicing")'
+            raise InvalidOptionError(explain_failure("predict_memory()", found, needed, do))
+    return options
 
 
 def _stage(name: str, peak: Peak, reasons: tuple[str, ...]) -> StagePeak:
@@ -308,8 +286,6 @@ def _stage(name: str, peak: Peak, reasons: tuple[str, ...]) -> StagePeak:
 
 
 def _architecture(name: str, dtype: str) -> Any:
-    import torch
-
     from ..bench.architectures import build
 
     return build(name, dtype=getattr(torch, dtype), device="meta")
@@ -324,20 +300,15 @@ def _offload_found(facts: PipelineFacts) -> Options | None:
     return opt.ModelOffload() if "accelerate:CpuOffload" in facts.hooks else None
 
 
-def _widens_once_cast(prepared: _Prepared, options: Sequence[Options]) -> bool:
-    """Whether the VAE is cast for decoding only because a switch makes its weights float16."""
-    half = any(isinstance(option, opt.HalfPrecision) for option in options)
-    facts = prepared.skeleton.facts
-    vae = facts.component("vae")
-    if not half or vae is None or facts.vae is None or not facts.vae.force_upcast:
+def _matters(option: Options, stage: str) -> bool:
+    """Whether a switch changes what the networks of a stage do."""
+    if isinstance(option, (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN)):
         return False
-    return True
+    return stage in ("vae_encode", "decode") or not isinstance(option, (opt.VAESlicing, opt.VAETiling))
 
 
 def _projected_bytes(prepared: _Prepared, picture: Picture) -> int:
     """Keys and values of the prompt, of all cross-attention layers at once: what prompt projections keep."""
-    from ..attention import attention_layers
-
     skeleton = prepared.skeleton
     denoiser = skeleton.modules.get(skeleton.facts.denoiser)
     if denoiser is None:
@@ -346,4 +317,4 @@ def _projected_bytes(prepared: _Prepared, picture: Picture) -> int:
     width = sum(2 * layer.inner_kv_dim for layer in layers)
     item = next(denoiser.parameters()).element_size()
     samples = picture.batch_size * skeleton.facts.guidance_copies
-    return width * prompt_tokens(skeleton.pipe) * samples * item
+    return int(width * prompt_tokens(skeleton.pipe) * samples * item)

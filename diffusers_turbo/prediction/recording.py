@@ -110,7 +110,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _normed(x: Tensor, shape: list[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // math.prod(shape)
-    return x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    mean, spread = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, spread
 
 
 # Most of a network's operators, whose results are plain to see: the meta device's own code for them is slow Python.
@@ -228,8 +229,8 @@ def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
 def _asks_for_last(weight: Tensor) -> bool:
     """Whether cuDNN works in channels-last: decided by the weight alone.
 
-    PyTorch asks for it where the input is laid out so, too, which it is after a VAE's attention; measured peaks show the
-    copies of NCHW there all the same (docs/decisions/memory-prediction.md).
+    PyTorch asks for it where the input is laid out so, too, which it is after a VAE's attention; measured peaks show
+    the copies of NCHW there all the same (docs/decisions/memory-prediction.md).
     """
     return suggest_memory_format(weight) is torch.channels_last
 

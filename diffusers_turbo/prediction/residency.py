@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ class Weights:
         order: the components.
         sequence: the order in which model offload sends components away.
         always: components that offload leaves on the device.
-        children: component or block -> its blocks, as block-level offload finds them.
+        blocks: module -> its lists of blocks, as block-level offload finds them.
     """
 
     sizes: Mapping[str, tuple[int, ...]]
@@ -46,6 +47,12 @@ class Weights:
     def owners(self, path: str) -> tuple[str, ...]:
         """The modules with weights at and below a path."""
         return tuple(name for name in self.sizes if name == path or name.startswith(f"{path}."))
+
+    def widened(self, component: str) -> Weights:
+        """The same with one component's weights at twice their width."""
+        own = self.owners(component)
+        sizes = {name: tuple(2 * size for size in sizes) for name, sizes in self.sizes.items() if name in own}
+        return replace(self, sizes={**self.sizes, **sizes})
 
 
 def read_weights(pipe: Any, modules: Mapping[str, nn.Module], blobs: Mapping[str, int]) -> Weights:
@@ -216,7 +223,7 @@ class ByGroup(Residency):
             if isinstance(event, Entered) and event.path in self.starting and not event.path.startswith("vae"):
                 first.setdefault(event.path)
         paths = list(first)
-        for path, after in zip(paths, paths[1:], strict=False):
+        for path, after in itertools.pairwise(paths):
             if path.split(".")[0] == after.split(".")[0]:
                 self.following[path] = self.starting[after][0]
 
@@ -272,7 +279,8 @@ def _leaves(weights: Weights, left_out: Sequence[str]) -> list[Group]:
 
 def _block_groups(weights: Weights, left_out: Sequence[str], together: int) -> list[Group]:
     """Blocks in chunks, and for each module with blocks the rest of it."""
-    groups, taken = [], set()
+    groups: list[Group] = []
+    taken: set[str] = set()
     for lists in weights.blocks.values():
         for blocks in lists:
             for start in range(0, len(blocks), together):
@@ -286,6 +294,8 @@ def _block_groups(weights: Weights, left_out: Sequence[str], together: int) -> l
         groups.append(Group(first=path, last=path, owners=rest))
         taken.update(rest)
     groups.extend(
-        Group(first=name, last=name, owners=weights.owners(name)) for name in weights.order if name not in weights.blocks
+        Group(first=name, last=name, owners=weights.owners(name))
+        for name in weights.order
+        if name not in weights.blocks
     )
     return [group for group in groups if group.first.split(".")[0] not in left_out and group.owners]

@@ -87,5 +87,5 @@ def _hollow(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor
     if real._cdata not in storages:
         storages[real._cdata] = torch.empty(real.nbytes(), dtype=torch.uint8, device="meta").untyped_storage()
     made = torch.empty(0, dtype=tensor.dtype, device="meta")
-    made.set_(storages[real._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+    made.set_(storages[real._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

@@ -46,7 +46,9 @@ class Stages:
 
     def names(self) -> list[str]:
         """The stages that a call of this pipeline has."""
-        return [name for name in STAGES if name != "vae_encode" or (self._vae is not None and takes_pictures(self.pipe))]
+        return [
+            name for name in STAGES if name != "vae_encode" or (self._vae is not None and takes_pictures(self.pipe))
+        ]
 
     def record(self, stage: str, estimate: StageMemory) -> Recording:
         """Record a stage; `estimate` stands in for what cannot be run."""

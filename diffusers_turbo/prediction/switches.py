@@ -1,4 +1,4 @@
-"""How each switch of this package enters a prediction: thrown on the skeleton, or as a rule of the replay, or not at all.
+"""How each switch of this package enters a prediction: thrown on the skeleton, a rule of the replay, or not at all.
 
 What changes what the networks do is thrown on the skeleton, by the action itself, and so is seen by the run. What moves
 weights or keeps memory beside the run (offload, graphs, copies) is a rule of the replay.
@@ -7,8 +7,6 @@ weights or keeps memory beside the run (offload, graphs, copies) is a rule of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
 
 from ..actions.apply import APPLY
 from ..actions.attention import FusedAttention
@@ -88,8 +86,3 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
     for root in skeleton.modules.values():
         set_processors(root, None if attention in already else attention, device)
     return told
-
-
-def widen_vae(skeleton: Skeleton) -> None:
-    """Cast the skeleton's VAE to float32, as the pipeline does before it works."""
-    skeleton.modules["vae"].to(torch.float32)

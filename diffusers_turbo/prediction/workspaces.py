@@ -1,4 +1,4 @@
-"""What cuDNN and cuBLAS need beside the tensors: a fitted model, one row for each SM level, kept in `workspaces.toml`."""
+"""What cuDNN and cuBLAS need beside the tensors: a fitted model, a row for each SM level, in `workspaces.toml`."""
 
 from __future__ import annotations
 
