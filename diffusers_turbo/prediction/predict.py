@@ -24,7 +24,7 @@ from ..planning.request import Request, settle
 from .allocator import Allocator
 from .calling import PipelineCall
 from .inputs import Picture, prompt_tokens
-from .recording import Marks, Recording
+from .recording import Marks, Recording, SameAgain
 from .replay import Peak, Replay
 from .residency import Weights, marked_paths, read_weights, residency_of
 from .result import MemoryPrediction, StagePeak
@@ -102,6 +102,7 @@ class Predictor:
     pipe: Any
     device: DeviceFacts | None = None
     dtype: str = "float16"
+    workspaces: Workspaces | None = None
     _prepared: dict[tuple[Options, ...], _Prepared] = field(default_factory=dict, repr=False)
     _recordings: dict[Any, Recording] = field(default_factory=dict, repr=False)
 
@@ -115,6 +116,8 @@ class Predictor:
             )
         if self.device is None:
             self.device = DeviceFacts.card(ASSUMED_CARD)
+        if self.workspaces is None:
+            self.workspaces = workspaces_of(self.device.sm)
 
     def __call__(
         self,
@@ -137,7 +140,12 @@ class Predictor:
         return self._tell(prepared, options, picture, recordings, peaks)
 
     def estimate(
-        self, facts: PipelineFacts, height: int, width: int, batch_size: int = 1, options: Sequence[Options] = ()
+        self,
+        pipeline_facts: PipelineFacts,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        options: Sequence[Options] = (),
     ) -> MemoryEstimate:
         """Answer as `planning.memory.estimate_memory` does, for the planner."""
         return self(height=height, width=width, batch_size=batch_size, options=options).as_estimate()
@@ -160,6 +168,9 @@ class Predictor:
                     path = f"{component}.{name}" if name else component
                     if path in paths:
                         marks.put_on(module, path)
+            for half in (getattr(skeleton.modules.get("vae"), name, None) for name in ("encoder", "decoder")):
+                if isinstance(half, nn.Module):
+                    half.forward = SameAgain(half.forward, marks)
             if widened := widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
                 # past diffusers' own `to`, which warns of modules that it would keep
                 nn.Module.to(skeleton.modules["vae"], torch.float32)
@@ -193,7 +204,8 @@ class Predictor:
         if offload is not None and widens:
             weights = weights.widened("vae")  # cast where they wait
         residency = residency_of(offload, weights, allocator, vae_as_a_whole=whole)
-        replay = Replay(allocator, self._workspaces, residency)
+        assert self.workspaces is not None
+        replay = Replay(allocator, self.workspaces, residency)
         call = PipelineCall(
             replay,
             recordings,
@@ -205,11 +217,6 @@ class Predictor:
         )
         return call.peaks()
 
-    @property
-    def _workspaces(self) -> Workspaces:
-        assert self.device is not None
-        return workspaces_of(self.device.sm)
-
     def _tell(
         self,
         prepared: _Prepared,
@@ -219,7 +226,8 @@ class Predictor:
         peaks: dict[str, Peak],
     ) -> MemoryPrediction:
         assert self.device is not None
-        workspaces, facts = self._workspaces, prepared.skeleton.facts
+        assert self.workspaces is not None
+        workspaces, facts = self.workspaces, prepared.skeleton.facts
         stages = tuple(_stage(name, peak, recordings[name].reasons) for name, peak in peaks.items())
         notes = [*self._about_level(), *prepared.told]
         estimated = [stage for stage in stages if stage.estimated]
@@ -246,7 +254,8 @@ class Predictor:
 
     def _about_level(self) -> list[str]:
         assert self.device is not None
-        workspaces = self._workspaces
+        assert self.workspaces is not None
+        workspaces = self.workspaces
         if workspaces.measured:
             return []
         if self.device.sm is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _aten: Any = torch.ops.aten
 
@@ -169,12 +169,17 @@ class Recorder(TorchDispatchMode):
             self.events.append(_convolved(args[0], args[1], result))
         return result
 
-    def repeat(self, start: int) -> None:
-        """Write the events from `start` on down once more, for a second run that would be the same."""
+    def repeat(self, events: Sequence[Event], *, keep: bool) -> None:
+        """Write events down once more, for a second run that would be the same.
+
+        What they leave behind is left behind again with `keep`, and not made without.
+        """
+        ended = {event.key for event in events if isinstance(event, Gone)}
         keys: dict[int, int] = {}
-        for event in self.events[start:]:
+        for event in events:
             if isinstance(event, Made):
-                keys[event.key] = self.borrow(event.size)
+                if keep or event.key in ended:
+                    keys[event.key] = self.borrow(event.size)
             elif isinstance(event, Gone):
                 if event.key in keys:
                     self.give_back(keys.pop(event.key))
@@ -233,6 +238,41 @@ def _asks_for_last(weight: Tensor) -> bool:
     the copies of NCHW there all the same (docs/decisions/memory-prediction.md).
     """
     return suggest_memory_format(weight) is torch.channels_last
+
+
+@dataclass(eq=False)
+class SameAgain:
+    """Stands in for a module's forward: a call like an earlier one of the same recording is written down, not run.
+
+    A picture is decoded in many tiles of few shapes.
+    """
+
+    run: Callable[..., Any]
+    marks: Marks
+    _seen: dict[Any, tuple[tuple[Event, ...], Tensor]] = field(default_factory=dict)
+    _of: Recorder | None = None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward, or repeat what it wrote down."""
+        recorder = self.marks.recorder
+        if recorder is None:
+            return self.run(x, *args, **kwargs)
+        if recorder is not self._of:
+            self._of, self._seen = recorder, {}
+        key = (x.shape, x.stride(), x.dtype)
+        if key in self._seen:
+            events, like = self._seen[key]
+            # the result first: it is held while the rest runs, as the run's own is for some of the time
+            result = x.new_empty(like.shape, dtype=like.dtype)
+            recorder.repeat(events, keep=False)
+            return result
+        start = len(recorder.events)
+        result = self.run(x, *args, **kwargs)
+        if isinstance(result, Tensor) and not args and not any(value is not None for value in kwargs.values()):
+            with _disable_current_modes():
+                like = torch.empty(result.shape, dtype=result.dtype, device="meta")
+            self._seen[key] = (tuple(recorder.events[start:]), like)
+        return result
 
 
 @dataclass

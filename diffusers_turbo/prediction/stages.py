@@ -123,8 +123,9 @@ class Stages:
             output = module(**self._ran(text_inputs(module, part.name, self.pipe, prompts)))
             found.append(output.hidden_states[-2] if output.hidden_states else output.last_hidden_state)
             del output
+            stop = len(self.recorder.events)
             for _ in range(self.facts.guidance_copies - 1):  # the negative prompt
-                self.recorder.repeat(start)
+                self.recorder.repeat(tuple(self.recorder.events[start:stop]), keep=True)
         # both halves of guidance in one tensor; the parts live on beside it
         yield found, [states.new_empty(self.facts.guidance_copies, *states.shape) for states in found]
 
