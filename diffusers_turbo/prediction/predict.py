@@ -168,9 +168,8 @@ class Predictor:
                     path = f"{component}.{name}" if name else component
                     if path in paths:
                         marks.put_on(module, path)
-            for half in (getattr(skeleton.modules.get("vae"), name, None) for name in ("encoder", "decoder")):
-                if isinstance(half, nn.Module):
-                    half.forward = SameAgain(half.forward, marks)
+            if (vae := skeleton.modules.get("vae")) is not None:
+                _shorten(vae, marks)
             if widened := widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
                 # past diffusers' own `to`, which warns of modules that it would keep
                 nn.Module.to(skeleton.modules["vae"], torch.float32)
@@ -307,6 +306,16 @@ def _offload_found(facts: PipelineFacts) -> Options | None:
     if "diffusers:group_offloading" in facts.hooks:
         return opt.GroupOffload(num_blocks_per_group=1)
     return opt.ModelOffload() if "accelerate:CpuOffload" in facts.hooks else None
+
+
+def _shorten(vae: nn.Module, marks: Marks) -> None:
+    """Have tiles of one shape run once, and leave their borders unblended: that goes row by row, in place."""
+    for half in (getattr(vae, name, None) for name in ("encoder", "decoder")):
+        if isinstance(half, nn.Module):
+            half.forward = SameAgain(half.forward, marks)
+    for name in ("blend_v", "blend_h"):
+        if callable(getattr(vae, name, None)):
+            vars(vae)[name] = lambda above, tile, extent: tile
 
 
 def _matters(option: Options, stage: str) -> bool:
