@@ -45,6 +45,8 @@ class PipelineCall:
         if self.graphs and stage == "denoise":
             if call == 0:
                 held += self.replay.run(recording)
+                if self.projected_bytes:
+                    self.replay.hold(self.projected_bytes, "graphs")  # an input, of which a graph has its own copy
                 self.replay.capture(recording)
         elif self.graphs and call == 1 and stage != "vae_encode":
             self.replay.capture(recording)

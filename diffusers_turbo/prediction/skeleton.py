@@ -48,6 +48,7 @@ def skeleton_of(pipe: Any) -> Skeleton:
     vars(double).update({name: value for name, value in vars(pipe).items() if name != LEDGER_ATTRIBUTE})
     skeleton = Skeleton(double, facts)
     for name, module in modules_of(pipe).items():
+        vars(double)[name] = None  # never the real one: switches are thrown on what is here
         part = facts.component(name)
         reason = part.quantised if part is not None else None
         if reason:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from ..actions.apply import APPLY
 from ..actions.attention import FusedAttention
 from ..actions.ledger import ledger_of
+from ..actions.precision import cast
 from ..errors import NotSupportedError
 from ..facts.device import DeviceFacts
 from ..planning import options as opt
@@ -75,6 +78,10 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
     told = []
     for option in in_order(option for option in options if isinstance(option, ON_SKELETON)):
         if option in already:
+            continue
+        if isinstance(option, opt.HalfPrecision):
+            # the action keeps the originals, and there are none here
+            cast(skeleton.pipe, getattr(torch, option.dtype or skeleton.facts.native_dtype))
             continue
         try:
             APPLY[type(option)](skeleton.pipe, option)

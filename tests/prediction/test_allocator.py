@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -111,7 +112,7 @@ def test_counts_hold_through_any_sequence():
         assert memory.allocated == sum(block.size for block in taken) <= memory.reserved
         assert all(block.size >= rounded(block.requested) for block in taken)
     spans = sorted((block.address, block.address + block.size) for block in taken)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     for block in taken:
         memory.free(block)
     memory.empty_cache()

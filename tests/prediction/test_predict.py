@@ -1,4 +1,4 @@
-"""What is predicted of a whole call: stages, switches in the right direction and by the right amount, and what is said."""
+"""What is predicted of a whole call: its stages, each switch in the right direction and amount, and what is said."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffusers_turbo.planning.planner import plan
 from diffusers_turbo.planning.units import MIB
 from diffusers_turbo.prediction import stages
 from diffusers_turbo.prediction.predict import Predictor
-from diffusers_turbo.prediction.switches import ATTENTION, AS_PLAIN, IN_REPLAY, NO_DIFFERENCE, ON_SKELETON
+from diffusers_turbo.prediction.switches import AS_PLAIN, ATTENTION, IN_REPLAY, NO_DIFFERENCE, ON_SKELETON
 from diffusers_turbo.prediction.workspaces import workspaces_of
 from tests import tiny
 from tests.bench.shrunk import build as shrunk
@@ -33,6 +33,12 @@ H100 = DeviceFacts.card("H100")
 def sd15():
     """One predictor for full-size SD1.5: its networks are run once for all tests that ask."""
     return Predictor(measured("sd15", torch.float16))
+
+
+@pytest.fixture(scope="module")
+def thin():
+    """One predictor for SD1.5 with thin layers and two heads: what it holds in scores and pictures is full-size."""
+    return Predictor(shrunk("sd15", dtype=torch.float16, device="meta"))
 
 
 def _peaks(predictor, *options, **size):
@@ -54,30 +60,29 @@ def test_stages_come_with_what_makes_them_up(sd15):
     assert made.needed_bytes == int(made.peak_bytes * 1.05)
 
 
-def test_naive_attention_holds_the_scores_and_slices_bound_them(sd15):
-    fused = _peaks(sd15, opt.SDPAAttention()).stage("denoise").activation_bytes
-    naive = _peaks(sd15, opt.NaiveAttention()).stage("denoise").activation_bytes
-    # scores and softmax of 2 samples, 8 heads, 4096 tokens, in 2 bytes
-    scores = 2 * 2 * 8 * 4096**2 * 2
+def test_naive_attention_holds_the_scores_and_slices_bound_them(thin):
+    def held(option):
+        return _peaks(thin, option).stage("denoise").activation_bytes
+
+    fused, naive = held(opt.SDPAAttention()), held(opt.NaiveAttention())
+    # scores and softmax of 2 samples, 2 heads, 4096 tokens, in 2 bytes
+    scores = 2 * 2 * 2 * 4096**2 * 2
     assert scores < naive < scores + fused
-    assert _peaks(sd15, opt.SDPAAttention(backend="math")).stage("denoise").activation_bytes >= naive
-    sliced = _peaks(sd15, opt.SlicedAttention(slice_size="max")).stage("denoise").activation_bytes
-    assert fused < sliced < fused + scores // 8
-    bounded = _peaks(sd15, opt.SlicedAttention(max_bytes=2**24)).stage("denoise").activation_bytes
-    assert fused <= bounded <= fused + 2**24
-    xformers = _peaks(sd15, opt.XFormersAttention()).stage("denoise").activation_bytes
-    assert xformers == pytest.approx(fused, rel=0.01)
+    assert held(opt.SDPAAttention(backend="math")) >= naive
+    assert scores // 4 < held(opt.SlicedAttention(slice_size="max")) < scores // 4 + fused
+    assert fused <= held(opt.SlicedAttention(max_bytes=2**24)) <= fused + 2**24
+    assert held(opt.XFormersAttention()) == pytest.approx(fused, rel=0.01)
 
 
-def test_slices_and_tiles_of_the_vae(sd15):
-    one, four = _peaks(sd15).stage("decode"), _peaks(sd15, batch_size=4).stage("decode")
+def test_slices_and_tiles_of_the_vae(thin):
+    one, four = _peaks(thin).stage("decode"), _peaks(thin, batch_size=4).stage("decode")
     assert four.activation_bytes == pytest.approx(4 * one.activation_bytes, rel=0.01)
-    assert four.workspace_bytes - one.workspace_bytes > 2 * 256 * MIB
-    sliced = _peaks(sd15, opt.VAESlicing(), batch_size=4).stage("decode")
+    assert four.workspace_bytes > 2 * one.workspace_bytes
+    sliced = _peaks(thin, opt.VAESlicing(), batch_size=4).stage("decode")
     assert one.activation_bytes < sliced.activation_bytes < one.activation_bytes + 16 * MIB
-    tiled = _peaks(sd15, opt.VAETiling(tile_size=256)).stage("decode")
-    assert tiled.activation_bytes < one.activation_bytes / 3
-    assert _peaks(sd15, opt.VAETiling(tile_size=512)).stage("decode").activation_bytes == one.activation_bytes
+    tiled = _peaks(thin, opt.VAETiling(tile_size=256)).stage("decode")
+    assert tiled.activation_bytes < one.activation_bytes * 0.6
+    assert _peaks(thin, opt.VAETiling(tile_size=512)).stage("decode").activation_bytes == one.activation_bytes
 
 
 def test_formats_and_copies(sd15):
@@ -199,7 +204,8 @@ def test_an_unknown_network_falls_back_and_says_so():
     assert "ESTIMATED" in made.explain()
     assert made.margin == 0.15
     closed = estimate_memory(read_pipeline(pipe), 64, 64).stage("denoise")
-    assert made.stage("denoise").activation_bytes == closed.activation_bytes
+    # beside it lies what the prompt became
+    assert 0 <= made.stage("denoise").activation_bytes - closed.activation_bytes < 2**15
 
 
 def test_a_network_that_fails_on_its_inputs_falls_back_and_says_why(monkeypatch):
@@ -211,9 +217,8 @@ def test_a_network_that_fails_on_its_inputs_falls_back_and_says_why(monkeypatch)
     assert any("RuntimeError: a tensor of another shape was expected" in note for note in made.notes)
 
 
-def test_a_quantised_component_is_counted_and_not_run(monkeypatch):
+def test_a_quantised_component_is_counted_and_not_run():
     pipe = tiny.sd()
-    pipe.unet.quantization_method = "bitsandbytes"
     pipe.unet.hf_quantizer = type("Quantizer", (), {"quantization_config": {"quant_method": "bitsandbytes"}})()
     made = predict_memory(pipe, height=64, width=64)
     assert "its weights are quantised (bitsandbytes)" in made.stage("denoise").estimated
@@ -283,23 +288,33 @@ def test_full_size_sdxl_takes_one_run_of_each_network_and_no_memory(monkeypatch)
 
 
 def test_plans_can_be_made_from_predictions():
-    pipe = measured("sd15", torch.float16)
-    exact = Predictor(pipe, device=H100)
-    made = plan(pipe, H100, height=1024, width=1024, estimates=exact.estimate)
-    predicted = exact(
-        height=1024, width=1024, options=[opt.SDPAAttention(), *(step.typed_options() for step in made.steps)]
-    )
+    exact = Predictor(shrunk("sd15", dtype=torch.float16, device="meta"), device=H100)
+    size = {"height": 256, "width": 256}
+    made = plan(exact.pipe, H100, **size, estimates=exact.estimate)
+    taken = [opt.SDPAAttention(), *(step.typed_options() for step in made.steps)]
+    predicted = exact(options=taken, **size)
     assert made.after.peak_bytes == predicted.peak_bytes
     assert made.after.margin == predicted.margin
-    small = plan(pipe, H100, height=1024, width=1024, vram_budget="3GB", estimates=exact.estimate)
-    assert small.fits
-    assert small.after.needed_bytes <= 3 * 2**30
+    tight = plan(exact.pipe, H100, **size, vram_budget=predicted.needed_bytes - 1, estimates=exact.estimate)
+    assert any("offload" in step.action for step in tight.steps)
+    assert tight.fits
+    assert tight.after.needed_bytes < predicted.needed_bytes
+
+
+def test_left_out_components_are_never_touched():
+    pipe = tiny.sd()
+    pipe.unet.hf_quantizer = type("Quantizer", (), {"quantization_config": {"quant_method": "bitsandbytes"}})()
+    strides = {name: weight.stride() for name, weight in pipe.unet.named_parameters()}
+    made = predict_memory(pipe, height=64, width=64, options=[opt.ChannelsLast(), opt.HalfPrecision()])
+    assert made.stage("denoise").estimated
+    assert {name: weight.stride() for name, weight in pipe.unet.named_parameters()} == strides
+    assert {weight.dtype for weight in pipe.unet.parameters()} == {torch.float32}
 
 
 def test_as_text_and_as_data(sd15):
     made = _peaks(sd15, opt.VAESlicing())
     text = made.explain()
-    for part in ("SD1.5" if False else "StableDiffusionPipeline", "512x512", "VAESlicing()", "allocator slack"):
+    for part in ("StableDiffusionPipeline", "512x512", "VAESlicing()", "allocator slack"):
         assert part in text
     assert "PYTORCH_CUDA_ALLOC_CONF unset" in text
     data = json.loads(made.to_json())

@@ -120,7 +120,7 @@ def test_convolutions_say_how_they_are_laid_out():
     assert result.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), Recorder([layer]) as recorder:
         layer(result[:, :4].contiguous(memory_format=torch.channels_last))
-    assert not [event for event in recorder.events if isinstance(event, Convolved)][0].copies_input
+    assert not next(event for event in recorder.events if isinstance(event, Convolved)).copies_input
 
 
 def test_the_quick_operators_make_what_the_slow_ones_make():
@@ -208,7 +208,11 @@ def test_a_skeleton_has_no_weights_and_leaves_the_pipeline_alone():
         real = dict(getattr(pipe, name).named_parameters())
         for key, hollow in module.named_parameters():
             assert hollow.is_meta
-            assert (hollow.shape, hollow.stride(), hollow.dtype) == (real[key].shape, real[key].stride(), real[key].dtype)
+            assert (hollow.shape, hollow.stride(), hollow.dtype) == (
+                real[key].shape,
+                real[key].stride(),
+                real[key].dtype,
+            )
     assert skeleton.pipe.vae.use_slicing
     assert skeleton.pipe.unet is not pipe.unet
     assert {name: value.data_ptr() for name, value in pipe.unet.named_parameters()} == before
