@@ -322,7 +322,9 @@ def _matters(option: Options, stage: str) -> bool:
     """Whether a switch changes what the networks of a stage do."""
     if isinstance(option, (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN)):
         return False
-    return stage in ("vae_encode", "decode") or not isinstance(option, (opt.VAESlicing, opt.VAETiling))
+    if stage == "encode":
+        return isinstance(option, opt.HalfPrecision)
+    return stage != "denoise" or not isinstance(option, (opt.VAESlicing, opt.VAETiling))
 
 
 def _projected_bytes(prepared: _Prepared, picture: Picture) -> int:
