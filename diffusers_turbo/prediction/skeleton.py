@@ -13,8 +13,9 @@ from ..actions.components import modules_of
 from ..actions.undo import LEDGER_ATTRIBUTE
 from ..facts.pipeline import PipelineFacts, read_pipeline
 
-HOOKS = ("_hf_hook", "_diffusers_hook")
-"""What accelerate's and diffusers' offload hooks set on the modules whose forward they wrap."""
+LEFT_BEHIND = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
+"""What offload hooks, traces, exports and fused kernels set on single modules. Some hold weights, which a copy would
+copy; what they do to memory is modelled, or is said not to be."""
 
 
 @dataclass
@@ -73,12 +74,12 @@ def on_meta(module: nn.Module) -> nn.Module:
     done: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         done.setdefault(id(tensor), _hollow(tensor, storages))
+    for part in module.modules():
+        done.update({id(vars(part)[name]): None for name in LEFT_BEHIND if name in vars(part)})
     twin: nn.Module = copy.deepcopy(module, done)
     for part in twin.modules():
-        if any(vars(part).pop(hook, None) is not None for hook in HOOKS):
-            # their forward moves weights; what they move is modelled
-            vars(part).pop("_old_forward", None)
-            vars(part).pop("forward", None)
+        for name in LEFT_BEHIND:
+            vars(part).pop(name, None)
     return twin.eval()
 
 

@@ -77,7 +77,8 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
     """Throw on the skeleton what changes its networks, but for what is `already` on; return what could not be."""
     told = []
     for option in in_order(option for option in options if isinstance(option, ON_SKELETON)):
-        if option in already:
+        # its forwards were left behind
+        if option in already and not isinstance(option, opt.PointwiseMatmul):
             continue
         if isinstance(option, opt.HalfPrecision):
             # the action keeps the originals, and there are none here

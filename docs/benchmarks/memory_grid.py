@@ -373,9 +373,7 @@ def main() -> None:
     sizes = [abs(error) for error, _ in errors]
     within = sum(size <= 0.08 for size in sizes) / len(sizes)
     lowest, where = min(errors)
-    print(
-        f"median error {statistics.median(sizes):.2%}; within 8 %: {within:.1%}; too low by at most {-lowest:.2%}: {where}"
-    )
+    print(f"median error {statistics.median(sizes):.2%}; within 8 %: {within:.1%}; lowest {lowest:+.2%}: {where}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,26 @@ def test_a_skeleton_has_no_weights_and_leaves_the_pipeline_alone():
     assert pipe.vae.use_slicing
 
 
+class NeverCopied:
+    """What a hook may hold: all of a model's weights."""
+
+    def __call__(self, x):
+        raise AssertionError("a forward that moves weights")
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+@pytest.mark.parametrize("name", ["_hf_hook", "_diffusers_hook", "_old_forward", "forward"])
+def test_hooks_and_forwards_that_may_hold_weights_are_left_behind(name):
+    layer = nn.Linear(2, 2)
+    vars(layer)[name] = NeverCopied()
+    twin = on_meta(nn.Sequential(layer))
+    assert name not in vars(twin[0])
+    assert twin(torch.empty(1, 2, device="meta")).shape == (1, 2)
+    assert isinstance(vars(layer)[name], NeverCopied)
+
+
 def test_tied_weights_stay_tied():
     first = nn.Linear(4, 4)
     both = nn.Sequential(first, nn.Linear(4, 4))
