@@ -152,6 +152,15 @@ def test_the_quick_operators_make_what_the_slow_ones_make():
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
+def test_a_norm_makes_its_statistics_too():
+    with torch.no_grad(), Recorder() as recorder:
+        x = torch.empty(4, 6, 8, device="meta", dtype=torch.float16)
+        F.layer_norm(x, (8,))
+    statistics = 4 * 6 * 4  # in fp32, as a GPU computes them
+    made = [event.size for event in recorder.events if isinstance(event, Made)]
+    assert made == [x.nbytes, x.nbytes, statistics, statistics]
+
+
 @pytest.mark.parametrize(
     ("card", "dtype", "head_dim", "sides"),
     [
