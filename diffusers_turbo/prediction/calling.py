@@ -20,6 +20,7 @@ class PipelineCall:
     offloaded: bool
     graphs: bool
     projected_bytes: int
+    _copied: bool = False
 
     def peaks(self) -> dict[str, Peak]:
         """Return the peak of each stage."""
@@ -39,8 +40,9 @@ class PipelineCall:
 
     def _stage(self, stage: str, recording: Recording, call: int, held: list[Block]) -> None:
         of_vae = stage in ("vae_encode", "decode")
-        cast = of_vae and self.widens_vae and not self.offloaded and not (self.keeps_wide and call)
+        cast = of_vae and self.widens_vae and not self.offloaded and not self._copied
         if cast:
+            self._copied = self.keeps_wide  # the copy of the first cast serves all others
             self.replay.residency.widen("vae", keep=self.keeps_wide)
         if self.graphs and stage == "denoise":
             if call == 0:

@@ -149,6 +149,9 @@ def test_sdxl_decodes_in_float32_and_a_copy_stays():
     resting = plain.stage("denoise").weights_bytes
     assert plain.stage("decode").weights_bytes == resting + vae
     assert copied.stage("decode").weights_bytes == resting + 2 * vae
+    parts = predictor.pipe.components
+    edited = predict_memory(diffusers.StableDiffusionXLImg2ImgPipeline(**parts), options=[opt.VAEUpcastCopy()], **size)
+    assert edited.stage("decode").weights_bytes == resting + 2 * vae, "one copy serves encode and decode"
     fixed = Predictor(shrunk("sdxl-fp16-vae", dtype=torch.float16, device="meta"))(**size)
     assert fixed.stage("decode").activation_bytes == pytest.approx(plain.stage("decode").activation_bytes / 2, rel=0.1)
     assert fixed.stage("decode").weights_bytes == resting
