@@ -11,6 +11,17 @@ from .facts.device import DeviceFacts, probe
 from .mixin import TurboMixin
 from .planning.plan import Plan
 from .planning.planner import plan
+from .prediction.predict import predict_memory
 
-__all__ = ["DeviceFacts", "Plan", "TurboError", "TurboMixin", "auto_optimize", "plan", "probe", "turbo"]
+__all__ = [
+    "DeviceFacts",
+    "Plan",
+    "TurboError",
+    "TurboMixin",
+    "auto_optimize",
+    "plan",
+    "predict_memory",
+    "probe",
+    "turbo",
+]
 __version__ = "0.1.0"

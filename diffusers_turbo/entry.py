@@ -17,7 +17,9 @@ from .attention import best_memory_efficient
 from .facts.device import probe
 from .facts.pipeline import execution_device, require_pipeline
 from .mixin import TurboMixin
+from .planning.memory import estimate_memory
 from .planning.planner import plan as make_plan
+from .prediction.where_tight import PredictWhereTight
 from .verification.blame import settle
 from .verification.check import Yardstick
 from .verification.inputs import make_inputs
@@ -84,6 +86,8 @@ def auto_optimize(
     """
     turbo(pipe)
     facts = probe(execution_device(pipe))
+    # the allocator's rules that a prediction follows are CUDA's
+    estimates = PredictWhereTight(pipe, facts, vram_budget) if facts.device_type == "cuda" else estimate_memory
     chosen = make_plan(
         pipe,
         facts,
@@ -95,6 +99,7 @@ def auto_optimize(
         dtype=dtype,
         exact=exact,
         tier=tier,
+        estimates=estimates,
     )
     # before anything is switched on, so that no fault of a switch can reach the reference
     yardstick = Yardstick(pipe, make_inputs(height=height, width=width, batch_size=batch_size)) if verify else None

@@ -13,7 +13,7 @@ import diffusers_turbo
 
 PACKAGE = Path(diffusers_turbo.__file__).parent
 
-NAMES = "turbo, auto_optimize, probe, plan, DeviceFacts, Plan, TurboMixin, TurboError"
+NAMES = "turbo, auto_optimize, probe, plan, predict_memory, DeviceFacts, Plan, TurboMixin, TurboError"
 
 BLOCK_OPTIONAL = """
 import importlib.abc, sys
@@ -88,7 +88,9 @@ MAY_IMPORT = {
     "algebra": {"planning", "switching"},
     "compiling": {"actions", "planning", "switching"},
     "mixin": {"actions", "algebra", "compiling", "copying", "looking", "looping", "planning"},
-    "entry": {"actions", "attention", "facts", "mixin", "planning", "verification"},
+    # an architecture to predict for is built by the bench room, imported when one is named
+    "prediction": {"actions", "attention", "bench", "errors", "facts", "planning"},
+    "entry": {"actions", "attention", "facts", "mixin", "planning", "prediction", "verification"},
 }
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
 
 from ..facts.device import DeviceFacts
 from ..facts.device import probe as probe_device
+from ..planning.memory import estimate_memory
+from ..planning.plan import Plan
 from ..planning.planner import plan as make_plan
 from ..planning.units import gib
+from ..prediction.predict import Predictor
+from ..prediction.result import MemoryPrediction
 from . import arguments as arg
 from .output import results
 
@@ -58,13 +63,16 @@ def plan(
     tier: arg.Tier = None,
     as_json: arg.Json = False,
 ) -> None:
-    """Say what would be switched on for a model, here or on a card you do not have, and why."""
+    """Say what would be switched on for a model, here or on a card you do not have, why, and the predicted peaks."""
     name = arg.model_name(model, arch, "diffusers-turbo plan")
     height, width = arg.height_and_width(size)
     facts = _facts(device, card)
     _, loaded = arg.device_and_dtype(facts.device, dtype)
+    pipe = _weightless(name, loaded)
+    # the allocator's rules that a prediction follows are CUDA's
+    predictor = Predictor(pipe, device=facts) if facts.device_type == "cuda" else None
     made = make_plan(
-        _weightless(name, loaded),
+        pipe,
         facts,
         height=height,
         width=width,
@@ -74,11 +82,25 @@ def plan(
         dtype=cast,
         exact=exact,
         tier=tier,
+        estimates=predictor.estimate if predictor is not None else estimate_memory,
     )
+    peaks = _peaks(predictor, made) if predictor is not None else None
     if as_json:
-        results.print_json(made.to_json())
-    else:
-        results.print(made.explain(), highlight=False, markup=False)
+        told = made.as_dict() | ({"predicted": peaks.as_dict()} if peaks is not None else {})
+        results.print_json(json.dumps(told))
+        return
+    results.print(made.explain(), highlight=False, markup=False)
+    if peaks is not None:
+        results.print(peaks.explain(), highlight=False, markup=False)
+
+
+def _peaks(predictor: Predictor, made: Plan) -> MemoryPrediction:
+    """What a plan's steps need."""
+    options = [step.typed_options() for step in made.steps]
+    request = made.request
+    return predictor(
+        height=request["height"], width=request["width"], batch_size=request["batch_size"], options=options
+    )
 
 
 def _facts(device: str | None, card: str | None) -> DeviceFacts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .options import (
     ChannelsLast,
@@ -117,6 +117,20 @@ class MemoryEstimate:
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryEstimate:
         """Read back what `dataclasses.asdict` wrote."""
         return cls(stages=tuple(StageMemory(**stage) for stage in data["stages"]), margin=data["margin"])
+
+
+class Estimates(Protocol):
+    """What answers for memory: `estimate_memory`, or a prediction from a run of the pipeline on the meta device."""
+
+    def __call__(
+        self,
+        pipeline_facts: PipelineFacts,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        options: Sequence[Options] = (),
+    ) -> MemoryEstimate:
+        """Estimate the peak device memory of each stage."""
 
 
 def estimate_memory(

@@ -124,6 +124,7 @@ class Plan:
         try:
             data = json.loads(text)
             version = data.pop("format_version")
+            data.pop("predicted", None)  # what the command line prints beside a plan
             steps = tuple(Step(**item) for item in data.pop("steps"))
             rejected = tuple(Rejected(**item) for item in data.pop("rejected"))
             notes = tuple(data.pop("notes"))

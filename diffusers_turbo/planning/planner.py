@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
 from .fitting import Estimated, Rung, judge_memory, make_ladder
-from .memory import MemoryEstimate, estimate_memory, holds_scores
+from .memory import Estimates, MemoryEstimate, estimate_memory, holds_scores
 from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Plan, Rejected, Step
 from .request import Request, Situation, Verdict, settle
@@ -51,6 +51,7 @@ def plan(
     dtype: str = "keep",
     exact: bool = False,
     tier: str | None = None,
+    estimates: Estimates = estimate_memory,
 ) -> Plan:
     """Decide what to switch on for this pipeline on this device. Nothing is switched on and nothing is computed.
 
@@ -66,6 +67,8 @@ def plan(
         tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
             under the graphs), "fastest" (one of the two, by `images`) or "none". Left out, it is "fastest" for models
             it was measured with (SD1.5, SD2.1, SDXL in half precision), and none for others.
+        estimates: who says what a choice of switches needs: by default a closed form of the facts; `Predictor(pipe,
+            device=facts).estimate` runs the pipeline's networks on the meta device.
 
     Raises:
         NotSupportedError: no pipeline, one without a denoiser, or a torch that has no kernels for the card.
@@ -83,10 +86,15 @@ def plan(
         exact=exact,
         tier=tier,
     )
-    return make_plan(pipe if isinstance(pipe, PipelineFacts) else read_pipeline(pipe), facts, request)
+    return make_plan(pipe if isinstance(pipe, PipelineFacts) else read_pipeline(pipe), facts, request, estimates)
 
 
-def make_plan(pipeline_facts: PipelineFacts, device_facts: DeviceFacts, request: Request) -> Plan:
+def make_plan(
+    pipeline_facts: PipelineFacts,
+    device_facts: DeviceFacts,
+    request: Request,
+    estimates: Estimates = estimate_memory,
+) -> Plan:
     """Decide from facts alone; see `plan`. Every action appears once, among the steps or among the rejected.
 
     Raises:
@@ -103,7 +111,7 @@ def make_plan(pipeline_facts: PipelineFacts, device_facts: DeviceFacts, request:
             )
         )
     situation = settle(pipeline_facts, device_facts, request)
-    drafts = [_draft(situation, rung) for rung in _ladder(situation)]
+    drafts = [_draft(situation, rung, estimates) for rung in _ladder(situation)]
     usable = situation.usable_bytes
     chosen = drafts[0]
     if usable is not None:
@@ -116,7 +124,7 @@ def make_plan(pipeline_facts: PipelineFacts, device_facts: DeviceFacts, request:
         rejected=_rejected(verdicts),
         request={**asdict(request), "height": situation.height, "width": situation.width},
         facts=_summary(situation),
-        before=estimate_memory(pipeline_facts, situation.height, situation.width, request.batch_size),
+        before=estimates(pipeline_facts, situation.height, situation.width, request.batch_size),
         after=chosen.estimate,
         budget_bytes=usable,
         notes=_notes(situation, chosen),
@@ -145,7 +153,7 @@ def _ladder(situation: Situation) -> list[Rung]:
     return make_ladder(situation, attention_holds_scores=holds)
 
 
-def _draft(situation: Situation, rung: Rung) -> _Draft:
+def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
     precision = judge_precision(situation)
     dtype = running_dtype(situation, precision)
     attention = judge_attention(situation, dtype)
@@ -167,7 +175,7 @@ def _draft(situation: Situation, rung: Rung) -> _Draft:
     verdicts += judge_tier(situation, tier, compiled=compiled)
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
-    estimate = estimate_memory(
+    estimate = estimates(
         situation.pipeline,
         situation.height,
         situation.width,

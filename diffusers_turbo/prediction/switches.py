@@ -1,0 +1,96 @@
+"""How each switch of this package enters a prediction: thrown on the skeleton, a rule of the replay, or not at all.
+
+What changes what the networks do is thrown on the skeleton, by the action itself, and so is seen by the run. What moves
+weights or keeps memory beside the run (offload, graphs, copies) is a rule of the replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..actions.apply import APPLY
+from ..actions.attention import FusedAttention
+from ..actions.ledger import ledger_of
+from ..actions.precision import cast
+from ..errors import NotSupportedError
+from ..facts.device import DeviceFacts
+from ..planning import options as opt
+from ..planning.conflicts import in_order
+from ..planning.options import Options
+from .attention import set_processors
+from .skeleton import Skeleton
+
+ON_SKELETON = (
+    opt.HalfPrecision,
+    opt.ChannelsLast,
+    opt.PointwiseMatmul,
+    opt.FusedQKV,
+    opt.VAESlicing,
+    opt.VAETiling,
+)
+"""Thrown on the skeleton by their own actions."""
+
+ATTENTION = (opt.NaiveAttention, opt.SDPAAttention, opt.XFormersAttention, opt.SlicedAttention)
+"""Set on the skeleton's layers as the actions would on the device that is asked about."""
+
+IN_REPLAY = (
+    opt.ModelOffload,
+    opt.SequentialOffload,
+    opt.GroupOffload,
+    opt.CUDAGraphs,
+    opt.PromptProjections,
+    opt.VAEUpcastCopy,
+)
+"""Rules of the replay."""
+
+NO_DIFFERENCE = (opt.TF32, opt.SyncFreeLoop)
+"""Take no memory of their own."""
+
+AS_PLAIN: dict[type[Options], str] = {
+    opt.FusedKernels: "the fused kernels are predicted as the plain operators they replace, which hold more",
+    opt.SharedGuidance: "shared guidance is predicted as the whole batch of both halves, which holds more",
+    opt.TimeProjections: "the time projections of all steps (a few MiB) are left out",
+    opt.CompileUNet: "compiled code is predicted as eager code, not measured: fusing usually holds less",
+    opt.CompileTransformer: "compiled code is predicted as eager code, not measured: fusing usually holds less",
+    opt.CompileVAE: "compiled code is predicted as eager code, not measured: fusing usually holds less",
+    opt.TraceUNet: "a traced UNet is predicted as the eager one, not measured",
+    opt.LoadExportedUNet: "an exported UNet is predicted as the eager one, not measured",
+}
+"""Predicted as if they were off, with the sentence that says so."""
+
+UNMEASURED = (opt.CompileUNet, opt.CompileTransformer, opt.CompileVAE, opt.TraceUNet, opt.LoadExportedUNet)
+"""Those of them whose peaks may be higher than predicted."""
+
+
+def in_force(pipe: object, options: Sequence[Options]) -> tuple[Options, ...]:
+    """Return the options and the switches that are on already and not replaced by one of them."""
+    ledger = ledger_of(pipe)
+    slots = {option.slot for option in options}
+    on = [lever.options for lever in ledger.in_force()] if ledger is not None else []
+    known = [option for option in on if isinstance(option, Options) and not isinstance(option, FusedAttention)]
+    return (*(option for option in known if option.slot not in slots), *options)
+
+
+def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Options], device: DeviceFacts) -> list[str]:
+    """Throw on the skeleton what changes its networks, but for what is `already` on; return what could not be."""
+    told = []
+    for option in in_order(option for option in options if isinstance(option, ON_SKELETON)):
+        # its forwards were left behind
+        if option in already and not isinstance(option, opt.PointwiseMatmul):
+            continue
+        if isinstance(option, opt.HalfPrecision):
+            # the action keeps the originals, and there are none here
+            cast(skeleton.pipe, getattr(torch, option.dtype or skeleton.facts.native_dtype))
+            continue
+        try:
+            APPLY[type(option)](skeleton.pipe, option)
+        except NotSupportedError as error:
+            told.append(f"{option.action}() cannot be thrown on this pipeline: {' '.join(str(error).split())}")
+    attention = next((option for option in options if isinstance(option, ATTENTION)), None)
+    if attention is None and any(isinstance(option, opt.FusedQKV) for option in options):
+        attention = FusedAttention()  # diffusers' own processors leave fused projections aside
+    for root in skeleton.modules.values():
+        set_processors(root, None if attention in already else attention, device)
+    return told
