@@ -166,10 +166,10 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
             for item in attention
         ]
     projections = judge_projections(situation, rung.options, lean=rung.lean)
-    tier = settle_tier(situation, rung.options)
+    tier = settle_tier(situation, rung.options, lean=rung.lean)
     compiles = judge_compile(situation, rung.options, tier)
     compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")
-    layout = judge_layout(situation, dtype, compiled, tier)
+    layout = judge_layout(situation, dtype, compiled, tier, lean=rung.lean)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
     verdicts += [judge_trace(situation), judge_exported(situation)]
     verdicts += judge_tier(situation, tier, compiled=compiled)
@@ -231,7 +231,7 @@ def _summary(situation: Situation) -> dict[str, Any]:
 def _notes(situation: Situation, draft: _Draft) -> tuple[str, ...]:
     facts, usable, estimate = situation.pipeline, situation.usable_bytes, draft.estimate
     notes = list(situation.device.notes)
-    tier = settle_tier(situation, draft.rung.options)
+    tier = settle_tier(situation, draft.rung.options, lean=draft.rung.lean)
     if situation.request.tier is not None or tier.name is not None:
         notes.append(f"{tier.name or 'no'} tier: {tier.reason}")
     if usable is not None and estimate.needed_bytes > usable:

@@ -244,8 +244,8 @@ def _version(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
-def judge_layout(situation: Situation, dtype: str, compiled: bool, tier: Tier) -> Verdict:
-    """Decide on channels-last: from what was measured for this family, eager or compiled."""
+def judge_layout(situation: Situation, dtype: str, compiled: bool, tier: Tier, *, lean: bool) -> Verdict:
+    """Decide on channels-last: from what was measured for this family, eager or compiled, or for the sake of memory."""
     facts, device = situation.pipeline, situation.device
     option = ChannelsLast()
     if facts.shape.kind == "transformer":
@@ -261,6 +261,8 @@ def judge_layout(situation: Situation, dtype: str, compiled: bool, tier: Tier) -
         return leave(option, "It pays for half precision on tensor cores; the denoiser runs in float32.")
     if tier.name == "instant":
         return take(option, "The fused kernels work in this layout (instant tier).")
+    if lean:
+        return take(option, "Memory is tight, and convolutions need less workspace in this layout.")
     gain = gains.LAYOUT_GAINS.get(facts.family)
     if gain is None:
         return leave(option, f"Not measured for a UNet of this shape ({facts.family}).")

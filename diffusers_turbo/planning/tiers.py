@@ -51,8 +51,8 @@ class Tier:
 _HALF = ("float16", "bfloat16")
 
 
-def settle_tier(situation: Situation, others: Sequence[Options]) -> Tier:
-    """Say which tier a plan with these other switches is of."""
+def settle_tier(situation: Situation, others: Sequence[Options], *, lean: bool) -> Tier:
+    """Say which tier a plan with these other switches is of; a lean one keeps nothing for the sake of speed."""
     asked, device = situation.request.tier, situation.device
     if asked == "none":
         return Tier(name=None, reason='tier="none"')
@@ -62,6 +62,8 @@ def settle_tier(situation: Situation, others: Sequence[Options]) -> Tier:
         return Tier(name=None, reason=f'{unmeasured}: ask for it with tier="instant" or "compiled"')
     if moves := conflicts_with(CUDAGraphs(), others):
         return Tier(name=None, reason=f"not beside {moves[0]}")
+    if lean:
+        return Tier(name=None, reason="memory is tight, and a graph keeps what it was recorded in")
     if asked == "instant":
         return Tier(name="instant", reason='tier="instant"')
     faster = _fastest(situation)

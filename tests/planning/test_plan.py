@@ -13,7 +13,7 @@ from tests.planning.architectures import facts_of
 
 
 def _some_plan() -> Plan:
-    return plan(facts_of("sdxl"), DeviceFacts.card("RTX 2060"), batch_size=2)
+    return plan(facts_of("sdxl"), DeviceFacts.card("RTX 2060"), batch_size=2, vram_budget="3.5GB")
 
 
 def test_a_plan_round_trips_through_json():

@@ -19,6 +19,8 @@ from diffusers_turbo.facts.pipeline import read_pipeline
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.gains import TIER_GAINS
+from diffusers_turbo.planning.memory import FIXED_BYTES, estimate_memory
+from diffusers_turbo.planning.options import ChannelsLast, CUDAGraphs
 from diffusers_turbo.planning.planner import make_plan
 from diffusers_turbo.planning.request import Request
 from tests import tiny
@@ -163,6 +165,29 @@ def test_no_tier_where_weights_move_or_there_is_no_nvidia_gpu():
         made = plan(facts_of("sd15"), cpu, tier=tier)
         assert taken(made) & ONLY_OF_TIERS == set()
         assert "tiers are for NVIDIA GPUs, this is a CPU" in reason(made, "enable_prompt_projections")
+
+
+@pytest.mark.parametrize("tier", [None, "instant"])
+def test_graphs_go_before_weights_have_to(tier):
+    """Between the room for everything and the first offload: resident, and nothing kept for the sake of speed."""
+    facts, graphs = facts_of("sdxl"), plan(facts_of("sdxl"), H100, tier=tier).after.needed_bytes
+    lean = int(estimate_memory(facts, 1024, 1024, 1, [ChannelsLast()]).needed_bytes)
+    assert lean < graphs
+    made = plan(facts, H100, tier=tier, vram_budget=(lean + graphs) // 2)
+    assert made.fits
+    assert taken(made) & ONLY_OF_TIERS == set()
+    assert not any("offload" in action for action in taken(made))
+    assert "Memory is tight, and convolutions need less" in reason(made, "enable_channels_last")
+    assert "memory is tight, and a graph keeps what it was recorded in" in reason(made, "enable_cuda_graphs")
+
+
+def test_an_estimate_counts_what_graphs_keep():
+    facts = facts_of("sd15")
+    plain, graphs = (estimate_memory(facts, 512, 512, 1, options) for options in ((), (CUDAGraphs(),)))
+    for before, after in zip(plain.stages, graphs.stages, strict=True):
+        others = [stage for stage in plain.stages if stage is not before]
+        kept = sum(stage.activation_bytes + stage.workspace_bytes - FIXED_BYTES for stage in others)
+        assert after.peak_bytes - before.peak_bytes == kept > 0
 
 
 def lcm() -> Any:
