@@ -150,6 +150,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACED)
 def test_no_graph_break(name):
     (model, inputs), rounds = TRACED[name][0](), TRACED[name][1]
