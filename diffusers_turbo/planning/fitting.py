@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from . import gains
 from .options import (
     GroupOffload,
+    MemoryFallback,
     ModelOffload,
     Options,
     SequentialOffload,
@@ -134,6 +135,17 @@ def judge_memory(situation: Situation, tried: Sequence[Estimated], chosen: Estim
         else:
             verdicts.append(leave(option, _why_left(option, tried, chosen, usable)))
     return verdicts
+
+
+def judge_fallback(situation: Situation) -> Verdict:
+    """Decide on what happens when the estimate was wrong: it costs nothing until then."""
+    vae, device = situation.pipeline.vae, situation.device
+    tiles = not situation.request.exact and vae is not None and vae.can_tile
+    option = MemoryFallback(allow_tiling=tiles)
+    if device.device_type != "cuda":
+        return leave(option, f"The errors it answers are those of CUDA's allocator; this is {device.name}.")
+    last = "; tiling the VAE, which is LOSSY, is the last of them" if tiles else ""
+    return take(option, f"It costs nothing until memory runs out, and then makes room by exact steps{last}.")
 
 
 def _all_kinds(situation: Situation) -> list[Options]:
