@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import OutOfMemoryError, TurboError, explain_failure, in_one_line
 from ..facts.pipeline import read_pipeline
-from ..planning.options import GroupOffload, MemoryFallback, ModelOffload, Options, SequentialOffload, VAETiling
+from ..planning.options import GroupOffload, MemoryFallback, Options, SequentialOffload, VAETiling
 from ..planning.shrinking import suggest
 from .calls import COMPILED
 from .components import modules_of, networks_in
@@ -371,8 +371,7 @@ def _let_go(error: BaseException | None) -> None:
 
 def _empty_cache() -> None:
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _states(arguments: Any) -> list[tuple[torch.Generator, Tensor]]:
