@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -236,7 +237,7 @@ class Running:
             slot = "" if step.options is None else stack_name(step.options)
             before = tuple(lever.options for lever in self.ledger.slots.get(slot, ()))
             try:
-                self._apart(lambda step=step: self._apply(step))  # type: ignore[misc]
+                self._apart(partial(self._apply, step))
             except (TurboError, torch.OutOfMemoryError) as error:
                 self.record.refused[text] = in_one_line(error, 160)
                 _let_go(error)
@@ -272,8 +273,8 @@ class Running:
                 with handing_over(self.ledger):
                     self.ledger.enable(self.pipe, step.options)
         except BaseException:
-            for options in reversed(done):
-                self.ledger.enable(self.pipe, options)
+            for options in done:
+                _switch_on(self.pipe, options)
             raise
         _empty_cache()
 
@@ -345,7 +346,14 @@ def take_back(pipe: Any) -> None:
             if top is not None and top.options == taken.options:
                 ledger.rearrange(pipe, slot, [Lever(options) for options in taken.before])
             for options in taken.off:
-                getattr(pipe, options.action)(**options.as_dict())
+                _switch_on(pipe, options)
+
+
+def _switch_on(pipe: Any, options: Options) -> None:
+    try:
+        getattr(pipe, options.action)(**options.as_dict())
+    except TurboError as error:
+        logger.warning("%s() made way for a step that is gone, and stays off: %s", options.action, error)
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
@@ -388,5 +396,6 @@ def _usable_bytes(device: torch.device) -> int | None:
     """Return what this process may hold on the device; None where that is not known."""
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free + torch.cuda.memory_reserved(device), int(total * fraction))

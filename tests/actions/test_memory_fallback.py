@@ -16,6 +16,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from torch import nn
 
 from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.actions.offload import Placement, TensorPlace
 from diffusers_turbo.errors import OutOfMemoryError
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
@@ -46,6 +47,7 @@ class Starved:
     failures: int = 0
     activations: list[weakref.ref] = field(default_factory=list)
     pinned: list[bool] = field(default_factory=list)
+    kept: list[Exception] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> Starved:
         """Stand in for this module's forward; before any offload, whose hooks keep the forward that they find."""
@@ -61,7 +63,8 @@ class Starved:
             self.failures += 1
             activation = torch.zeros(64, 64)
             self.activations.append(weakref.ref(activation))
-            raise self.error()
+            self.kept.append(self.error())  # as a debugger or a log may hold it
+            raise self.kept[-1]
 
         monkeypatch.setattr(type(module), "forward", starved)
         return self
@@ -106,15 +109,21 @@ def offload(pipe: Pipe, given: str) -> None:
         pipe.enable_group_offload("cpu")
 
 
+GIVEN = ("nothing", "model", "block")
 LEAF = ("enable_group_offload", {"offload_type": "leaf_level"})
 MODEL = ("enable_model_cpu_offload", {})
-STAGES = [(tiny.sd, "text_encoder", 1), (tiny.sd, "denoiser", 1), (tiny.sd, "denoiser", 3), (tiny.sd, "decode", 1)]
-STAGES += [(tiny.sdxl, "text_encoder_2", 1), (tiny.sdxl, "denoiser", 3), (tiny.sdxl, "decode", 1)]
-STAGES += [(tiny.pixart, "denoiser", 3), (tiny.pixart, "decode", 1)]
+STAGES = [
+    *((tiny.sd, stage, at, given) for given in GIVEN for stage, at in [("text_encoder", 1), ("denoiser", 3)]),
+    (tiny.sd, "denoiser", 1, "nothing"),
+    *((tiny.sdxl, "decode", 1, given) for given in GIVEN),
+    (tiny.sdxl, "text_encoder_2", 1, "nothing"),
+    (tiny.sdxl, "denoiser", 3, "model"),
+    (tiny.pixart, "denoiser", 3, "nothing"),
+    (tiny.pixart, "decode", 1, "block"),
+]
 
 
-@pytest.mark.parametrize("given", ["nothing", "model", "block"])
-@pytest.mark.parametrize(("make", "stage", "at"), STAGES)
+@pytest.mark.parametrize(("make", "stage", "at", "given"), STAGES)
 def test_each_stage_gets_its_picture_by_offload(make, stage, at, given, monkeypatch):
     pipe = turbo(make())
     stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
@@ -161,7 +170,7 @@ def test_a_batch_is_decoded_one_by_one_first(make, monkeypatch):
     starved = Starved(lambda: pipe.vae.use_slicing).install(monkeypatch, pipe.vae.decoder)
     assert distance(tiny.picture(pipe, batch=2), stock).psnr_db >= 90
     assert starved.failures == 2
-    assert actions(pipe) == ["enable_vae_slicing", "enable_memory_fallback"] or "enable_vae_slicing" in actions(pipe)
+    assert sorted(actions(pipe)) == ["enable_memory_fallback", "enable_vae_slicing"]
     assert "vae.decode, call 1 on [2, 4, 8, 8]: enable_vae_slicing()" in str(pipe.turbo_report())
     pipe.turbo_undo()
     assert differences(before, state_of(pipe)) == []
@@ -212,8 +221,7 @@ def test_tiles_come_last_and_are_called_lossy(make, monkeypatch):
     assert "enable_vae_tiling(tile_size=256); LOSSY: each tile's group norms see only the tile" in str(report)
 
 
-@pytest.mark.parametrize("given", ["nothing", "model", "block"])
-@pytest.mark.parametrize(("make", "stage", "at"), [STAGES[0], STAGES[2], STAGES[3], STAGES[5], STAGES[6]])
+@pytest.mark.parametrize(("make", "stage", "at", "given"), [*STAGES[:6:2], *STAGES[7:10], STAGES[12]])
 def test_when_nothing_is_left_one_error_says_so(make, stage, at, given, monkeypatch):
     pipe = turbo(make())
     stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
@@ -239,8 +247,71 @@ def test_when_nothing_is_left_one_error_says_so(make, stage, at, given, monkeypa
     assert differences(before, state_of(pipe)) == []
 
 
+def test_offload_takes_over_from_offload_in_host_memory(monkeypatch):
+    """Bringing the weights back to the device in between would need the room that is missing."""
+    pipe = turbo(tiny.sd())
+    starved = Starved(on(pipe, LEAF[0], **LEAF[1])).install(monkeypatch, pipe.unet)
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.enable_memory_fallback()
+    (placement,) = [c for c in pipe._turbo_ledger.top("offload").journal.changes if isinstance(c, Placement)]
+    there = torch.device("cpu", 0)  # stands for the GPU that the weights came from
+    for place in placement.tensors:
+        place.device = there
+    targets: list[torch.device | None] = []
+    restore = TensorPlace.restore
+
+    def noted(place: TensorPlace, device: torch.device | None = None) -> None:
+        targets.append(device or place.device)
+        restore(place, device)
+
+    monkeypatch.setattr(TensorPlace, "restore", noted)
+    tiny.picture(pipe, steps=1)
+    assert starved.failures == 3
+    assert targets
+    assert there not in targets
+    targets.clear()
+    pipe.turbo_undo()
+    assert set(targets) == {there}
+
+
+def test_what_a_failed_call_drew_from_its_generator_is_drawn_again(monkeypatch):
+    pipe = turbo(tiny.sd())
+    pipe.enable_memory_fallback()
+    drawn: list[torch.Tensor] = []
+    decode, room = type(pipe.vae).decode, once(2)
+
+    def draws(vae: Any, *args: Any, generator: torch.Generator, **kwargs: Any) -> Any:
+        drawn.append(torch.randn(3, generator=generator))
+        if not room():
+            raise torch.OutOfMemoryError(MESSAGE)
+        return decode(vae, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", draws)
+    tiny.picture(pipe, generator=torch.Generator().manual_seed(3))
+    assert len(drawn) == 3
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
+def test_a_step_that_cannot_be_taken_is_passed_over_and_named(monkeypatch):
+    pipe = turbo(tiny.sd())
+    stock = tiny.picture(pipe)
+    starved = Starved(on(pipe, LEAF[0], **LEAF[1])).install(monkeypatch, pipe.unet)
+    pipe.enable_memory_fallback()
+
+    def no_pinned_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cudaHostAlloc failed")
+
+    monkeypatch.setattr(type(pipe).__bases__[-1], "enable_model_cpu_offload", no_pinned_memory)
+    assert torch.equal(tiny.picture(pipe), stock)
+    starved.room = lambda: False
+    with pytest.raises(OutOfMemoryError, match=r"enable_model_cpu_offload.* was refused \(.*cudaHostAlloc failed"):
+        tiny.picture(pipe)
+
+
 def test_other_errors_go_through_untouched(monkeypatch):
     pipe = turbo(tiny.sd())
+    tiny.picture(pipe)  # a first call sets the pipeline's own attributes
     before = state_of(pipe)
     pipe.enable_memory_fallback()
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -250,7 +321,7 @@ def test_other_errors_go_through_untouched(monkeypatch):
     assert caught.value is error
     assert "out of memory in" not in str(pipe.turbo_report())
     pipe.turbo_undo()
-    assert differences(before, state_of(pipe)).count("decode") == 0
+    assert differences(before, state_of(pipe)) == []
 
 
 def test_an_allocation_that_failed_inside_a_compilers_error_counts(monkeypatch):

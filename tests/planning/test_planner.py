@@ -197,9 +197,19 @@ def test_compiling_needs_enough_pictures_and_says_how_many():
     assert "images=N" in reason
     assert "compile_unet" not in _actions(_on("H100", images=even, tier="none"))
     many = _on("H100", images=even + 1, tier="none")
-    assert _actions(many)[-2:] == ["compile_unet", "compile_vae"]
+    assert _actions(many)[-3:] == ["compile_unet", "compile_vae", "enable_memory_fallback"]
     assert "enable_channels_last" in _actions(_on("H100", "sdxl", images=10_000, tier="none"))
     assert "enable_channels_last" not in _actions(_on("H100", "sdxl", tier="none"))
+
+
+def test_a_plan_for_cuda_is_ready_to_be_wrong_and_tiles_only_where_it_may():
+    for exact in (False, True):
+        made = _on("RTX 3060", exact=exact)
+        step = next(step for step in made.steps if step.action == "enable_memory_fallback")
+        assert step.options == {"allow_tiling": not exact}
+        assert ("LOSSY" in step.reason) is not exact
+    assert "those of CUDA's allocator; this is" in _reason(_on("MPS"), "enable_memory_fallback")
+    assert "enable_memory_fallback" not in _actions(_on("MPS"))
 
 
 @pytest.mark.parametrize(
