@@ -84,11 +84,27 @@ class StepsDown:
             with _lock:
                 running.calls -= 1
                 if running.calls == 0:
-                    self.running = None
+                    if running is self.running:
+                        self.running = None
                     running.end()
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Stand over nothing inside the block, in which the components are changed."""
+        running = self.running
+        if running is not None:
+            running.lift()
+        try:
+            yield
+        finally:
+            if running is not None and running is self.running:
+                running.lay()
+
     def revert(self) -> str | None:
-        """Nothing to put back: the steps are levers of their own, and the calls go with the pipeline's call."""
+        """Let a call that runs go on without; the steps are levers of their own."""
+        if self.running is not None:
+            self.running.lift()
+            self.running = None
         return None
 
     def tell(self) -> list[str]:
@@ -113,6 +129,8 @@ class GuardedCall:
 
     def lay(self) -> None:
         """Put it in its place."""
+        if not self.lifted:
+            return
         self.before = vars(self.owner).get(self.name, ABSENT)
         own = self.owner._call_impl if self.name == COMPILED else getattr(self.owner, self.name)
         self.inner = own if self.before in (ABSENT, None) else self.before
@@ -122,6 +140,8 @@ class GuardedCall:
 
     def lift(self) -> None:
         """Give the place back; where another pipeline's stands over it now, let everything through."""
+        if self.lifted:
+            return
         self.lifted = True
         if vars(self.owner).get(self.name) is self:
             while isinstance(self.before, GuardedCall) and self.before.lifted:
@@ -248,16 +268,18 @@ class Running:
 
     def _apart(self, change: Callable[[], None]) -> None:
         """Make a change with nothing standing over the components, and enter the call scopes that it brought."""
-        self.lift()
-        try:
-            change()
-        finally:
-            for lever in self.ledger.in_force():
-                if lever.journal is not None and not any(lever.journal is journal for journal in self._entered):
-                    self._entered.append(lever.journal)
-                    for scope in lever.journal.scopes:
-                        self._scopes.enter_context(scope.around_call(self.pipe))
-            self.lay()
+        with self.record.lifted():
+            try:
+                change()
+            finally:
+                self._enter_new_scopes()
+
+    def _enter_new_scopes(self) -> None:
+        for lever in self.ledger.in_force():
+            if lever.journal is not None and not any(lever.journal is journal for journal in self._entered):
+                self._entered.append(lever.journal)
+                for scope in lever.journal.scopes:
+                    self._scopes.enter_context(scope.around_call(self.pipe))
 
     def _apply(self, step: Step) -> None:
         done: list[Options] = []

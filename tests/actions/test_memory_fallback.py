@@ -466,6 +466,26 @@ def test_two_pipelines_over_the_same_components_leave_them_as_they_were(monkeypa
     assert differences(before, state_of(pipe)) == []
 
 
+@pytest.mark.parametrize("switch", ["enable_cuda_graphs", "enable_prompt_projections", "compile_unet", "turbo_undo"])
+def test_a_callback_may_throw_switches_in_the_middle_of_a_call(switch, monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    pipe = turbo(tiny.sd())
+    stock, before = tiny.picture(pipe), state_of(pipe)
+    pipe.enable_memory_fallback()
+    thrown: list[str] = []
+
+    def throw(*_: Any) -> dict[str, Any]:
+        if not thrown:
+            thrown.append(switch)
+            getattr(pipe, switch)(**({"backend": "eager"} if switch == "compile_unet" else {}))
+        return {}
+
+    assert distance(tiny.picture(pipe, callback_on_step_end=throw), stock).psnr_db >= 90
+    assert distance(tiny.picture(pipe), stock).psnr_db >= 90
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
 def test_steps_go_along_with_a_copy(monkeypatch):
     pipe = turbo(tiny.sd())
     stock = tiny.picture(pipe)
