@@ -5,6 +5,8 @@ Every message answers four questions in order: what was tried, what was found, w
 
 from __future__ import annotations
 
+import torch
+
 
 class TurboError(Exception):
     """Root of everything this package raises on purpose."""
@@ -24,6 +26,10 @@ class MissingPackageError(TurboError, ImportError):
 
 class ActionFailedError(TurboError):
     """An action failed half-way and was rolled back; the original error is its `__cause__`."""
+
+
+class OutOfMemoryError(TurboError, torch.OutOfMemoryError):
+    """Device memory ran out and nothing was left to make room with; torch's handlers of such errors catch it too."""
 
 
 def in_one_line(error: BaseException, most: int | None = None) -> str:

@@ -15,6 +15,7 @@ import torch
 from .actions.attention import FusedAttention
 from .actions.host import host_method
 from .actions.ledger import ledger_of, open_ledger
+from .actions.memory_fallback import take_back
 from .algebra import SparesWork
 from .compiling import Compiles
 from .copying import CopiesItsLevers
@@ -300,6 +301,23 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         """Switch any offload off: every weight goes back to the device it was on."""
         for action in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
             self._disable(action)
+
+    def enable_memory_fallback(self, allow_tiling: bool = False) -> None:
+        """Exact: a component that runs out of device memory makes room, one step at a time, and is called again.
+
+        The steps: free the cache, do without graphs and copies of weights, slice the VAE's batch, slice attention that
+        holds its scores, offload more. Each is a switch of its own in the report and stays on for the next call. When
+        none is left, the error says what would fit. In force during this pipeline's calls only.
+
+        Args:
+            allow_tiling: LOSSY if it comes to that: tile the VAE when nothing else is left.
+        """
+        self._enable(opt.MemoryFallback(allow_tiling=allow_tiling))
+
+    def disable_memory_fallback(self) -> None:
+        """Switch `enable_memory_fallback` off: its steps are taken back, and what had made way for them is on again."""
+        take_back(self)
+        self._disable("enable_memory_fallback")
 
 
 def _in_scope(host_call: Callable[..., Any]) -> Callable[..., Any]:

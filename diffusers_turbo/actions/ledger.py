@@ -131,11 +131,13 @@ class Ledger:
         if old is not new:
             wrappers = [lever for name in WRAPPED_BY.get(slot, ()) if (lever := self.top(name)) is not None]
             try:
-                self._take_off(old, *wrappers)
-                self._put_on(pipe, new, *wrappers)
+                with self._bared():
+                    self._take_off(old, *wrappers)
+                    self._put_on(pipe, new, *wrappers)
             except Exception as error:
-                self._take_off(new, *wrappers)
-                self._put_on(pipe, old, *wrappers)
+                with self._bared():
+                    self._take_off(new, *wrappers)
+                    self._put_on(pipe, old, *wrappers)
                 if isinstance(error, TurboError) or new is None:
                     raise
                 needed = "the action to run to its end (everything it had changed is undone)"
@@ -165,6 +167,19 @@ class Ledger:
             for sentence in journal.revert():
                 self.left_alone.append(sentence)
                 logger.warning("%s: left alone: %s", lever.action, sentence)
+
+    @contextmanager
+    def _bared(self) -> Iterator[None]:
+        """Take what stands over the components during calls only (`memory_fallback`) away for the block.
+
+        A callback may throw a switch in the middle of a call, and its changes go underneath.
+        """
+        scopes = [scope for lever in self.in_force() if lever.journal for scope in lever.journal.scopes]
+        with ExitStack() as lifted:
+            for scope in scopes:
+                if hasattr(scope, "lifted"):
+                    lifted.enter_context(scope.lifted())
+            yield
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:

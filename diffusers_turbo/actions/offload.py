@@ -19,6 +19,7 @@ from ..facts.pipeline import upcasts_vae
 from ..planning.options import GroupOffload, ModelOffload, SequentialOffload
 from .components import modules_of, require_plain_weights
 from .host import host_method
+from .ledger import Ledger
 from .undo import Journal, journaling, owned, put
 
 MODULE_NAMES = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
@@ -26,6 +27,9 @@ MODULE_NAMES = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
 
 PIPELINE_NAMES = ("_all_hooks", "_offload_gpu_id", "_offload_device")
 """What diffusers' offload methods set on pipelines."""
+
+CAST_TOGETHER = ("vae", "unet", "transformer")
+"""The components whose dtypes tell whether a pipeline casts its VAE for decoding."""
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """The names group offloading registers its hooks under (diffusers.hooks.group_offloading); it has no public way off."""
@@ -42,8 +46,8 @@ class TensorPlace:
     device: torch.device
     pinned: bool
 
-    def restore(self) -> None:
-        """Put the original object back, with the values of now, on its device of then."""
+    def restore(self, device: torch.device | None = None) -> None:
+        """Put the original object back, with the values of now, on its device of then, or on `device`."""
         held = getattr(self.owner, self.table)
         now = held.get(self.name)
         if now is None:
@@ -52,7 +56,7 @@ class TensorPlace:
             if now.device.type != "meta" and not torch.equal(now.data.cpu(), self.tensor.data.cpu()):
                 self.tensor.data = now.data
             held[self.name] = self.tensor
-        data = self.tensor.data.to(self.device)
+        data = self.tensor.data.to(self.device if device is None else device)
         if data.device.type == "cpu" and not self.pinned and data.is_pinned():
             data = data.clone()
         self.tensor.data = data
@@ -67,6 +71,8 @@ class Placement:
     hooks: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     attributes: list[tuple[str, Any]] = field(default_factory=list)
     devices: dict[str, torch.device] = field(default_factory=dict)
+    stays: bool = False
+    """Whether a revert leaves the weights in host memory, for another offload to take over."""
 
     @classmethod
     def of(cls, pipe: Any) -> Placement:
@@ -97,15 +103,52 @@ class Placement:
         for owner, name, before in self.hooks:
             if not _holds_foreign_hook(owner):
                 put(owner, name, before)
+        host = torch.device("cpu") if self.stays else None
         for place in self.tensors:
-            place.restore()
+            place.restore(host)
         for component, root in roots.items():
             for owner in root.modules():
                 if id(owner) not in recorded and component in self.devices:
-                    _move_own(owner, self.devices[component])
+                    _move_own(owner, host or self.devices[component])
         for name, before in self.attributes:
             put(self.pipe, name, before)
         return None
+
+    def inherit(self, earlier: Placement) -> None:
+        """Take over from an offload that was in force before where everything was before that one."""
+        known = {(id(place.owner), place.table, place.name): place for place in earlier.tensors}
+        for place in self.tensors:
+            if (before := known.get((id(place.owner), place.table, place.name))) is not None:
+                place.device, place.pinned = before.device, before.pinned
+        self.devices |= earlier.devices
+
+
+@contextmanager
+def handing_over(ledger: Ledger) -> Iterator[None]:
+    """Let another offload take over from the one in force, inside the block, with the weights in host memory all along.
+
+    On its own each offload brings the weights back to where they were first, which is where there is no room.
+    """
+    earlier = _placement_in_force(ledger)
+    if earlier is not None:
+        earlier.stays = True
+    try:
+        yield
+    finally:
+        now = _placement_in_force(ledger)
+        if earlier is not None:
+            earlier.stays = False
+            if now is None:
+                for place in earlier.tensors:
+                    place.restore()
+            elif now is not earlier:
+                now.inherit(earlier)
+
+
+def _placement_in_force(ledger: Ledger) -> Placement | None:
+    lever = ledger.top("offload")
+    changes = lever.journal.changes if lever is not None and lever.journal is not None else ()
+    return next((change for change in changes if isinstance(change, Placement)), None)
 
 
 @dataclass
@@ -184,7 +227,9 @@ def _moved_as_a_whole(pipe: Any, options: GroupOffload) -> list[str]:
     vae = modules_of(pipe).get("vae")
     if vae is None:
         return []
-    half = next(vae.parameters()).dtype == torch.float16
+    # a VAE that is in float32 for a decode just now will be cast back: the denoiser tells
+    dtypes = {next(module.parameters()).dtype for name, module in modules_of(pipe).items() if name in CAST_TOGETHER}
+    half = torch.float16 in dtypes
     tiled_under_stream = options.use_stream and bool(getattr(vae, "use_tiling", False))
     return ["vae"] if (half and upcasts_vae(pipe)) or tiled_under_stream else []
 

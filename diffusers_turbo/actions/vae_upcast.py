@@ -100,9 +100,14 @@ class UpcastCopy:
             put(self.vae, "to", ABSENT)
 
     def revert(self) -> str | None:
-        """Let go of the copies."""
+        """Let go of the copies; in the middle of a decode the VAE is then cast as the pipeline would have cast it."""
+        widened = bool(self.half)
         self.narrow()
         self.copies = []
+        if owned(self.vae, "to") is self:
+            put(self.vae, "to", ABSENT)
+            if widened:
+                self.vae.to(torch.float32)
         return None
 
     def tell(self) -> list[str]:

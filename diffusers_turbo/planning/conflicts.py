@@ -44,6 +44,7 @@ SLOT_ORDER: dict[str, str] = {
     "time": "over graphs: what it makes of the timesteps is their input",
     "prompt": "over graphs: what it makes of the prompt is their input",
     "guidance": "over graphs: it says in which mode they are called",
+    "memory_fallback": "around all of it, and during the pipeline's calls only",
 }
 """Slot -> why it stands where it stands. The order of the keys is the order in which switches are applied."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from . import gains
 from .options import (
     GroupOffload,
+    MemoryFallback,
     ModelOffload,
     Options,
     SequentialOffload,
@@ -134,6 +135,14 @@ def judge_memory(situation: Situation, tried: Sequence[Estimated], chosen: Estim
         else:
             verdicts.append(leave(option, _why_left(option, tried, chosen, usable)))
     return verdicts
+
+
+def judge_fallback(situation: Situation) -> Verdict:
+    """Decide on what happens when the estimate was wrong: nobody has seen it on a GPU yet."""
+    device, option = situation.device, MemoryFallback()
+    if device.device_type != "cuda":
+        return leave(option, f"The errors it answers are those of CUDA's allocator; this is {device.name}.")
+    return leave(option, "It costs nothing until memory runs out, but has not been run on a GPU yet: call it yourself.")
 
 
 def _all_kinds(situation: Situation) -> list[Options]:

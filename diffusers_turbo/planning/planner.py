@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
-from .fitting import Estimated, Rung, judge_memory, make_ladder
+from .fitting import Estimated, Rung, judge_fallback, judge_memory, make_ladder
 from .memory import Estimates, MemoryEstimate, estimate_memory, holds_scores
 from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Plan, Rejected, Step
@@ -119,6 +119,7 @@ def make_plan(
         chosen = next((draft for draft in drafts if draft.estimate.needed_bytes <= usable), thriftiest)
     tried = [draft.summary for draft in drafts]
     verdicts = [*chosen.verdicts, *judge_memory(situation, tried, tried[drafts.index(chosen)])]
+    verdicts.append(judge_fallback(situation))
     return Plan(
         steps=_steps(verdicts),
         rejected=_rejected(verdicts),

@@ -174,5 +174,11 @@ SWITCHES = [
         "compile_vae",
         {"backend": "eager"},
     ),
+    Switch(
+        "enable_memory_fallback",
+        "disable_memory_fallback",
+        lambda pipe: "steps are taken when memory runs out: only exact ones" in str(pipe.turbo_report()),
+        "memory_fallback",
+    ),
     Switch("trace_unet", "untrace_unet", lambda pipe: "forward" in vars(pipe.unet), "trace"),
 ]

@@ -202,6 +202,11 @@ def test_compiling_needs_enough_pictures_and_says_how_many():
     assert "enable_channels_last" not in _actions(_on("H100", "sdxl", tier="none"))
 
 
+def test_the_memory_fallback_is_there_to_call():
+    assert "has not been run on a GPU yet" in _reason(_on("RTX 3060"), "enable_memory_fallback")
+    assert "those of CUDA's allocator; this is" in _reason(_on("MPS"), "enable_memory_fallback")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

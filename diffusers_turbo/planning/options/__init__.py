@@ -14,7 +14,15 @@ from ...errors import InvalidOptionError, explain_failure
 from ..base import Options
 from .attention import SDPA_BACKENDS, FusedQKV, NaiveAttention, SDPAAttention, SlicedAttention, XFormersAttention
 from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, LoadExportedUNet, TraceUNet
-from .memory import OFFLOAD_TYPES, GroupOffload, ModelOffload, SequentialOffload, VAESlicing, VAETiling
+from .memory import (
+    OFFLOAD_TYPES,
+    GroupOffload,
+    MemoryFallback,
+    ModelOffload,
+    SequentialOffload,
+    VAESlicing,
+    VAETiling,
+)
 from .numerics import HALF_DTYPES, TF32, ChannelsLast, HalfPrecision, dtype_name
 from .speed import (
     DOUBLING_PIPELINES,
@@ -48,6 +56,7 @@ __all__ = [
     "GroupOffload",
     "HalfPrecision",
     "LoadExportedUNet",
+    "MemoryFallback",
     "ModelOffload",
     "NaiveAttention",
     "Options",
@@ -97,6 +106,7 @@ ACTIONS: dict[str, type[Options]] = {
         TimeProjections,
         PromptProjections,
         SharedGuidance,
+        MemoryFallback,
     )
 }
 """Every action by its method's name, in the order in which slots are applied."""

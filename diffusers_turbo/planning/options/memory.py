@@ -77,6 +77,19 @@ def _check_gpu_id(options: Options, gpu_id: int | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryFallback(Options):
+    """Make room and try again when a component runs out of memory; `allow_tiling` lets it tile the VAE, at last."""
+
+    action = "enable_memory_fallback"
+    slot = "memory_fallback"
+
+    allow_tiling: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_flags("allow_tiling")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupOffload(Options):
     """Keep groups of layers on the device, the rest in host memory (or on disk), with prefetch on a stream."""
 

@@ -1,0 +1,136 @@
+"""The steps that make room when a component ran out of memory, the least intrusive first: which are there now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..facts.host import host_memory
+from ..facts.pipeline import read_pipeline, upcasts_vae
+from ..planning.conflicts import conflicts_between
+from ..planning.fitting import TILE_SIZES
+from ..planning.memory import holds_scores
+from ..planning.options import (
+    CUDAGraphs,
+    FusedQKV,
+    GroupOffload,
+    ModelOffload,
+    NaiveAttention,
+    Options,
+    SDPAAttention,
+    SequentialOffload,
+    SlicedAttention,
+    VAESlicing,
+    VAETiling,
+    VAEUpcastCopy,
+)
+from .components import modules_of
+from .ledger import Ledger
+
+HOLD_MEMORY = (CUDAGraphs, VAEUpcastCopy, FusedQKV)
+"""Switches for speed that hold memory of their own: pools of graphs, copies of weights."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to switch on (if anything) and which switches have to make way for it; `alone`: not beside another call."""
+
+    options: Options | None
+    off: tuple[Options, ...] = ()
+    alone: bool = True
+
+    def __str__(self) -> str:
+        on = [] if self.options is None else [_call(self.options)]
+        off = [f"{options.action}() off" for options in self.off]
+        return ", ".join(on + off)
+
+
+def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int, *, tiling: bool) -> Iterator[Step]:
+    """Iterate over the steps that are left for a component, as the pipeline stands.
+
+    Args:
+        pipe: the pipeline, in the middle of a call.
+        ledger: its switches.
+        component: the attribute that holds what ran out of memory.
+        batch_size: pictures in that call.
+        side: the picture's longer side in pixels, 0 when unknown.
+        tiling: whether the VAE may be tiled at last, which is lossy.
+    """
+    holding = tuple(lever.options for lever in ledger.levers() if type(lever.options) in HOLD_MEMORY)
+    if holding:
+        yield Step(None, off=holding)
+    vae = modules_of(pipe).get("vae") if component == "vae" else None
+    if vae is not None and batch_size > 1 and hasattr(vae, "enable_slicing") and not getattr(vae, "use_slicing", True):
+        yield _step(ledger, VAESlicing(), alone=False)
+    if component == "unet" and _holds_scores(pipe, ledger):
+        yield _step(ledger, SlicedAttention(slice_size="max"))
+    for offload in _offloads(pipe, ledger):
+        yield _step(ledger, offload)
+    if tiling and vae is not None and hasattr(vae, "enable_tiling"):
+        now = side if not getattr(vae, "use_tiling", False) else getattr(vae, "tile_sample_min_size", 0)
+        for size in TILE_SIZES:
+            if size < min(now, side):
+                yield _step(ledger, VAETiling(tile_size=size), alone=False)
+
+
+def _step(ledger: Ledger, options: Options, *, alone: bool = True) -> Step:
+    levers = [lever.options for lever in ledger.levers() if lever.options.slot != options.slot]
+    off = tuple(other for other in levers if conflicts_between(options, other))
+    return Step(options, off=off, alone=alone or bool(off))
+
+
+def _holds_scores(pipe: Any, ledger: Ledger) -> bool:
+    top = ledger.top("attention")
+    facts = read_pipeline(pipe)
+    if facts.ip_adapter or facts.shape.kind != "unet":
+        return False
+    if top is not None and isinstance(top.options, SDPAAttention):
+        return top.options.backend == "math"
+    return isinstance(top.options, NaiveAttention) if top is not None else holds_scores(facts.processors)
+
+
+def _offloads(pipe: Any, ledger: Ledger) -> Iterator[Options]:
+    """Iterate over what keeps less on the device than the offload in force, the fastest first."""
+    lever = ledger.top("offload")
+    now = lever.options if lever is not None else None
+    if now is None and not _room_in_host_memory(pipe):
+        return
+    device = getattr(now, "device", None) or getattr(now, "onload_device", None) or str(pipe._execution_device)
+    if now is None:
+        yield ModelOffload(device=device)
+    if vae_is_cast(pipe):
+        return  # hooks that hold the VAE's tensors would not notice that it is cast back after the decode
+    streaming = torch.device(device).type == "cuda"
+    group = now if isinstance(now, GroupOffload) else GroupOffload(onload_device=device)
+    group = replace(group, use_stream=streaming, non_blocking=streaming, num_blocks_per_group=None)
+    if not isinstance(now, (GroupOffload, SequentialOffload)):
+        yield group
+    if not isinstance(now, SequentialOffload) and getattr(now, "offload_type", None) != "leaf_level":
+        yield replace(group, offload_type="leaf_level")
+    if not isinstance(now, SequentialOffload) and streaming:
+        yield SequentialOffload(device=device)
+
+
+def vae_is_cast(pipe: Any) -> bool:
+    """Whether the pipeline has its VAE in float32 just now, for a decode only."""
+    modules = modules_of(pipe)
+    vae = modules.get("vae")
+    denoiser = next((modules[name] for name in ("unet", "transformer") if name in modules), None)
+    if vae is None or denoiser is None or not upcasts_vae(pipe):
+        return False
+    return next(vae.parameters()).dtype == torch.float32 != next(denoiser.parameters()).dtype
+
+
+def _room_in_host_memory(pipe: Any) -> bool:
+    available = host_memory()[1]
+    weights = [weight for module in modules_of(pipe).values() for weight in module.parameters()]
+    return not available or sum(weight.nbytes for weight in weights if weight.device.type != "cpu") < available
+
+
+def _call(options: Options) -> str:
+    defaults = type(options)().as_dict()
+    given = [f"{name}={value!r}" for name, value in options.as_dict().items() if value != defaults[name]]
+    return f"{options.action}({', '.join(given)})"
