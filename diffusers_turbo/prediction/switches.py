@@ -45,7 +45,7 @@ IN_REPLAY = (
 )
 """Rules of the replay."""
 
-NO_DIFFERENCE = (opt.TF32, opt.SyncFreeLoop)
+NO_DIFFERENCE = (opt.TF32, opt.SyncFreeLoop, opt.MemoryFallback)
 """Take no memory of their own."""
 
 AS_PLAIN: dict[type[Options], str] = {

@@ -11,6 +11,7 @@ import pytest
 from diffusers_turbo import TurboError, TurboMixin
 from diffusers_turbo.bench.cases import Case, Switch, builtin_cases, find_cases, read_cases
 from diffusers_turbo.errors import InvalidOptionError
+from diffusers_turbo.kernels import KERNELS
 from diffusers_turbo.planning.options import ACTIONS, make_options
 
 
@@ -31,12 +32,9 @@ def test_the_builtin_cases_throw_every_switch():
 def test_the_cases_that_tell_the_fused_kernels_apart():
     cases = read_cases(Path(__file__).parents[2] / "docs" / "benchmarks" / "fused-kernels.toml")
     alone = [case.switches[1].make_options().as_dict() for case in cases.values() if len(case.switches) == 3]
-    assert sorted(tuple(options.values()) for options in alone) == [
-        (False, False, True),
-        (False, True, False),
-        (True, False, False),
-        (True, True, True),
-    ]
+    kernels = list(KERNELS)
+    expected = [dict.fromkeys(kernels, True), *({name: name == one for name in kernels} for one in kernels)]
+    assert sorted(map(sorted, map(dict.items, alone))) == sorted(map(sorted, map(dict.items, expected)))
     assert all(case.switches[-1].action == "enable_cuda_graphs" for case in cases.values())
 
 
