@@ -5,6 +5,8 @@ Every message answers four questions in order: what was tried, what was found, w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 
@@ -30,6 +32,19 @@ class ActionFailedError(TurboError):
 
 class OutOfMemoryError(TurboError, torch.OutOfMemoryError):
     """Device memory ran out and nothing was left to make room with; torch's handlers of such errors catch it too."""
+
+
+def with_causes(error: BaseException | None, *links: str) -> Iterator[BaseException]:
+    """Iterate over an error and what led to it, each by the first of the attributes `links` that names another.
+
+    >>> [str(found) for found in with_causes(ValueError("alone"), "__cause__", "__context__")]
+    ['alone']
+    """
+    seen: list[BaseException] = []
+    while error is not None and not any(error is other for other in seen):
+        seen.append(error)
+        yield error
+        error = next((cause for link in links if (cause := getattr(error, link, None)) is not None), None)
 
 
 def in_one_line(error: BaseException, most: int | None = None) -> str:

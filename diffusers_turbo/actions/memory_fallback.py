@@ -7,10 +7,8 @@ frames, and these hold the activations. Each step is an ordinary lever of the le
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,15 +28,13 @@ from .components import modules_of, networks_in
 from .ledger import Ledger, Lever, open_ledger, stack_name
 from .memory_steps import Step, steps, vae_is_cast
 from .offload import handing_over
+from .out_of_memory import empty_cache, let_go, ran_out_of_memory
 from .undo import ABSENT, Journal, put
 
 logger = logging.getLogger("diffusers_turbo")
 
 ENTRIES = ("encode", "decode")
 """The methods through which a pipeline enters its VAE; slices and tiles are made inside them."""
-
-_FAILED_ALLOCATIONS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""How libraries name it that allocate without torch (torch/csrc/cuda)."""
 
 # One step at a time, whatever the pipeline: pipelines may share components.
 _lock = threading.RLock()
@@ -168,7 +164,7 @@ class GuardedCall:
                 if not ran_out_of_memory(error):
                     raise
                 told = in_one_line(error, 160)
-                _let_go(error)
+                let_go(error)
             # out of the block, so that nothing holds the error any more
             self.running.step_down(self, seen, told, args, kwargs)
             for generator, state in generators:
@@ -260,7 +256,7 @@ class Running:
                 self._apart(partial(self._apply, step))
             except (TurboError, torch.OutOfMemoryError) as error:
                 self.record.refused[text] = in_one_line(error, 160)
-                _let_go(error)
+                let_go(error)
                 continue
             lossy = "" if step.options is None or step.options.exact else f"; LOSSY: {step.options.lossy_reason}"
             return Taken(where, f"{text}{lossy}", step.options, before, step.off)
@@ -298,7 +294,7 @@ class Running:
             for options in done:
                 _switch_on(self.pipe, options)
             raise
-        _empty_cache()
+        empty_cache()
 
     def _free(self) -> None:
         """Give back what no tensor needs, half-loaded groups of an offload included."""
@@ -307,7 +303,7 @@ class Running:
         if hooked and self.calls <= 1 and not vae_is_cast(self.pipe):
             with handing_over(self.ledger), self.ledger.unhooked(self.pipe):
                 pass
-        _empty_cache()
+        empty_cache()
 
     def _size(self, guard: GuardedCall, args: Any, kwargs: Any) -> tuple[int, int, int]:
         """Return height and width in pixels and the pictures of a call, as its first tensor `[B, C, H, W]` says."""
@@ -376,32 +372,6 @@ def _switch_on(pipe: Any, options: Options) -> None:
         getattr(pipe, options.action)(**options.as_dict())
     except TurboError as error:
         logger.warning("%s() made way for a step that is gone, and stays off: %s", options.action, error)
-
-
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether device memory is what was missing, in the error or in one that a compiler wrapped into its own."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _FAILED_ALLOCATIONS):
-            return True
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return False
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Empty the frames that an error and its causes went through: they hold the activations."""
-    seen: list[BaseException] = []
-    while error is not None and not any(error is other for other in seen):
-        seen.append(error)
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def _empty_cache() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _states(arguments: Any) -> list[tuple[torch.Generator, Tensor]]:

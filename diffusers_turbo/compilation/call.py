@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import in_one_line
+from ..errors import in_one_line, with_causes
 from .counts import Counts
 from .sizes import MovingAxes
 
@@ -67,15 +67,10 @@ class WatchedCall:
         return type(self.module).__name__
 
 
-def _ran_out_of_memory(error: BaseException | None) -> bool:
+def _ran_out_of_memory(error: BaseException) -> bool:
     """Whether memory is what was missing, in the error itself or in one that the compiler wrapped into its own."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return True
-        seen.append(error)
-        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
-    return False
+    led_to_it = with_causes(error, "inner_exception", "__cause__", "__context__")
+    return any(isinstance(found, (MemoryError, torch.OutOfMemoryError)) for found in led_to_it)
 
 
 def tell_of(calls: list[WatchedCall]) -> list[str]:

@@ -41,10 +41,14 @@ class FusedForward:
     places: frozenset[Place]
     refused: tuple[str, ...] | None = None
 
+    def runs_on(self, x: Tensor) -> bool:
+        """Whether the kernel runs on the device of a tensor, in its dtype."""
+        return (x.device.type, x.dtype) in self.places
+
     def run(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """Run the kernel, or its plain equal where it cannot take these tensors."""
         kernel = KERNELS[self.kernel]
-        if (x.device.type, x.dtype) in self.places:
+        if self.runs_on(x):
             refused = kernel.misfits(x, *arguments, **options)
         else:
             refused = [f"it does not take {x.dtype} on {x.device.type} here"]
@@ -69,7 +73,7 @@ class FusedGroupNorm(FusedForward):
     def takes_bias_of(self, conv: Any, x: Tensor) -> bool:
         """Whether `conv` may be called on `[B, C, H, W]` without its bias, which then goes into this norm."""
         plain = type(conv) is nn.Conv2d and conv.bias is not None and "forward" not in vars(conv) and unwatched(conv)
-        fits = (x.device.type, x.dtype) in self.places and channels_last(x) and channels_last(conv.weight)
+        fits = self.runs_on(x) and channels_last(x) and channels_last(conv.weight)
         return plain and fits and not torch.is_grad_enabled()
 
     def laid_out(self, x: Tensor, conv: Any) -> Tensor:
@@ -77,7 +81,7 @@ class FusedGroupNorm(FusedForward):
 
         Transformers with linear projections (SD2, SDXL) leave their images with the channels outermost.
         """
-        if (x.device.type, x.dtype) in self.places and channels_last(conv.weight):
+        if self.runs_on(x) and channels_last(conv.weight):
             return x.contiguous(memory_format=torch.channels_last)
         return x
 
@@ -152,7 +156,7 @@ class FusedConv(FusedForward):
             host_result: Tensor = type(conv).forward(conv, input)
             return host_result
         # the residual has the shape and layout that the result will have, and what does not fit keeps its bits
-        if (input.device.type, input.dtype) not in self.places or not channels_last(conv.weight):
+        if not self.runs_on(input) or not channels_last(conv.weight):
             self.refused = (f"it does not take {input.dtype} on {input.device.type} here, or not this layout",)
         else:
             self.refused = tuple(KERNELS[self.kernel].misfits(residual, residual, conv.bias))

@@ -264,7 +264,7 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
     weights = _weights(facts, switches, ("vae", "other"))
     if facts.vae.force_upcast and item_bytes == 2:
         # decoding casts the whole VAE to float32 first; offloaded, it is the VAE alone that grows
-        if isinstance(_offload(facts, switches), (ModelOffload, type(None))):
+        if isinstance(offload_in_force(facts, switches), (ModelOffload, type(None))):
             weights += part.parameter_bytes * 2 // _stored_item_bytes(part)
         item_bytes = 4
     at_once = 1 if VAESlicing in switches or facts.vae.slicing else batch_size
@@ -299,7 +299,7 @@ def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:
 
 def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -> int:
     """Return the bytes of weights on the device while components of these roles run, one after the other."""
-    offload = _offload(facts, switches)
+    offload = offload_in_force(facts, switches)
     fused = switches.get(FusedQKV)
     copies = _cast_bytes(fused_bytes(facts, fused), facts, switches) if isinstance(fused, FusedQKV) else 0
     if offload is None:
@@ -309,7 +309,7 @@ def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -
     return max(held, default=0) + (copies if isinstance(offload, ModelOffload) and "denoiser" in roles else 0)
 
 
-def _offload(facts: PipelineFacts, switches: Switches) -> Options | None:
+def offload_in_force(facts: PipelineFacts, switches: Switches) -> Options | None:
     """Return the offload in force: the switch's, else the one whose hooks are on the pipeline already."""
     for kind in (SequentialOffload, GroupOffload, ModelOffload):
         if kind in switches:

@@ -31,7 +31,7 @@ from .speed import (
     running_dtype,
     sm_text,
 )
-from .tiers import judge_tier, settle_tier
+from .tiers import Tier, judge_tier, settle_tier
 from .units import gib
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class _Draft:
     """A rung of the ladder with the switches for speed that go with it."""
 
     rung: Rung
+    tier: Tier
     verdicts: tuple[Verdict, ...]
     estimate: MemoryEstimate
 
@@ -183,7 +184,7 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
         situation.request.batch_size,
         [*(option for option in taken if option.slot != "attention"), *rung.options, *assumed],
     )
-    return _Draft(rung=rung, verdicts=tuple(verdicts), estimate=estimate)
+    return _Draft(rung=rung, tier=tier, verdicts=tuple(verdicts), estimate=estimate)
 
 
 def _attention_for_estimate(situation: Situation, dtype: str, taken: Sequence[Options]) -> list[Options]:
@@ -232,9 +233,8 @@ def _summary(situation: Situation) -> dict[str, Any]:
 def _notes(situation: Situation, draft: _Draft) -> tuple[str, ...]:
     facts, usable, estimate = situation.pipeline, situation.usable_bytes, draft.estimate
     notes = list(situation.device.notes)
-    tier = settle_tier(situation, draft.rung.options, lean=draft.rung.lean)
-    if situation.request.tier is not None or tier.name is not None:
-        notes.append(f"{tier.name or 'no'} tier: {tier.reason}")
+    if situation.request.tier is not None or draft.tier.name is not None:
+        notes.append(f"{draft.tier.name or 'no'} tier: {draft.tier.reason}")
     if usable is not None and estimate.needed_bytes > usable:
         notes.append(
             f"nothing known fits: the {estimate.peak.stage} stage needs {gib(estimate.needed_bytes)} with margin, "

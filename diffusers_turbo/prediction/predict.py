@@ -18,7 +18,7 @@ from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts
 from ..planning import options as opt
-from ..planning.memory import MemoryEstimate, estimate_memory
+from ..planning.memory import MemoryEstimate, estimate_memory, offload_in_force
 from ..planning.options import Options
 from ..planning.request import Request, settle
 from .allocator import Allocator
@@ -197,7 +197,7 @@ class Predictor:
         on = {type(option): option for option in options}
         widens, weights = prepared.widened, prepared.weights
         allocator = Allocator()
-        offload = next((on[kind] for kind in _OFFLOADS if kind in on), None) or _offload_found(prepared.skeleton.facts)
+        offload = offload_in_force(prepared.skeleton.facts, on)
         tiled = opt.VAETiling in on or bool(getattr(getattr(self.pipe, "vae", None), "use_tiling", False))
         whole = widens or (tiled and bool(getattr(offload, "use_stream", False)))
         if offload is not None and widens:
@@ -266,9 +266,6 @@ class Predictor:
         ]
 
 
-_OFFLOADS = (opt.SequentialOffload, opt.GroupOffload, opt.ModelOffload)
-
-
 def _checked(options: Sequence[Options]) -> Sequence[Options]:
     for option in options:
         if not isinstance(option, Options):
@@ -297,15 +294,6 @@ def _architecture(name: str, dtype: str) -> Any:
     from ..bench.architectures import build
 
     return build(name, dtype=getattr(torch, dtype), device="meta")
-
-
-def _offload_found(facts: PipelineFacts) -> Options | None:
-    """The offload whose hooks are on the pipeline already, set by others than this package."""
-    if "accelerate:AlignDevicesHook" in facts.hooks:
-        return opt.SequentialOffload()
-    if "diffusers:group_offloading" in facts.hooks:
-        return opt.GroupOffload(num_blocks_per_group=1)
-    return opt.ModelOffload() if "accelerate:CpuOffload" in facts.hooks else None
 
 
 def _shorten(vae: nn.Module, marks: Marks) -> None:
