@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "compilation": {"errors", "trusted"},
     "exported": {"errors", "facts", "graphs", "trusted"},
     "schedulers": set(),
+    "tiling": set(),
     "actions": {
         *("errors", "facts", "planning", "attention", "schedulers", "graphs", "kernels", "fused", "compilation"),
         *("exported", "mixin", "trusted"),
