@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "tiling": set(),
     "actions": {
         *("errors", "facts", "planning", "attention", "schedulers", "graphs", "kernels", "fused", "compilation"),
-        *("exported", "mixin", "trusted"),
+        *("exported", "mixin", "tiling", "trusted"),
     },
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs

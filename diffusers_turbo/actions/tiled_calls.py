@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..tiling.statistics import poolable, shared_by
 class TiledHalf:
     """One half of an AutoencoderKL, tile by tile, one picture of the batch after the other.
 
-    Tile and overlap are read from the attributes that diffusers' own tiling reads, so that what a user sets there holds.
+    Tile and overlap are read from the attributes that diffusers' own tiling reads: what a user sets there holds.
 
     Attributes:
         vae: whose half it is.
@@ -30,11 +31,13 @@ class TiledHalf:
         """Run `network` (after `inner` when it decodes, before it otherwise) over the tiles of `source`."""
         norms = poolable(network)
         # norms whose statistics change from picture to picture belong into no graph and no compiled code
-        call = network._call_impl if norms else network
+        call: Callable[[Tensor], Tensor] = network._call_impl if norms else network
+        parts = [part for part in ((inner, call) if decodes else (call, inner)) if part is not None]
 
         def run(tile: Tensor) -> Tensor:
-            made = call(tile if inner is None or not decodes else inner(tile))
-            return made if inner is None or decodes else inner(made)
+            for part in parts:
+                tile = part(tile)
+            return tile
 
         if len(source) > 1:
             first = self._picture(run, norms, source[:1], decodes)
