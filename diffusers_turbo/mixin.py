@@ -203,7 +203,10 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         self._disable("enable_vae_slicing")
 
     def enable_vae_tiling(self, tile_size: int | None = None, overlap: float | None = None) -> None:
-        """Lossy: the VAE works in overlapping, blended tiles on pictures above `tile_size`.
+        """Lossy: the VAE works in overlapping, feathered tiles on pictures above `tile_size`.
+
+        AutoencoderKL's tiles share the group-norm statistics of the whole picture; other autoencoders keep diffusers'
+        own tiling.
 
         Args:
             tile_size: side of a tile in pixels; by default half the model's own picture, at most 512.

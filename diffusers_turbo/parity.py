@@ -23,7 +23,7 @@ EXACT_RATIO = 1.25
 
 CLOSE_DB = 25.0
 """Lowest pooled PSNR of a lossy result that still shows the same picture. It lies between what lossy levers give on the
-emoji model (bf16 44 dB, VAE tiles of half the picture's side 30) and what faults give (one layer fed another prompt 21,
+emoji model (bf16 44 dB, VAE tiles of half the picture's side 36) and what faults give (one layer fed another prompt 21,
 mid block skipped 11): docs/benchmarks/lossy-distances.json. A fault can be smaller than that, so a plan of exact steps
 is held to *exact*."""
 

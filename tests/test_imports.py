@@ -75,9 +75,10 @@ MAY_IMPORT = {
     "compilation": {"errors", "trusted"},
     "exported": {"errors", "facts", "graphs", "trusted"},
     "schedulers": set(),
+    "tiling": set(),
     "actions": {
         *("errors", "facts", "planning", "attention", "schedulers", "graphs", "kernels", "fused", "compilation"),
-        *("exported", "mixin", "trusted"),
+        *("exported", "mixin", "tiling", "trusted"),
     },
     "copying": {"errors", "actions"},
     # entry verifies, and a verification makes its reference with turbo(), which it imports when it runs

@@ -24,7 +24,7 @@ def test_levers_in_words_and_as_data():
     assert "2 in force, LOSSY" in text
     assert "enable_naive_attention() (covered by the one after it)" in text
     assert "enable_sdpa(backend='math')  [exact]" in text
-    assert "enable_vae_tiling(tile_size=32)  [LOSSY: each tile's group norms see only the tile" in text
+    assert "enable_vae_tiling(tile_size=32)  [LOSSY: a tile's attention and convolutions see only the tile" in text
     assert "set on 8 layers of unet, 2 layers of vae" in text or "set on 2 layers of vae, 8 layers of unet" in text
     data = json.loads(report.to_json())
     assert data["exact"] is False

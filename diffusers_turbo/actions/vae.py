@@ -1,4 +1,7 @@
-"""VAE slicing (exact) and VAE tiling (lossy), through the flags that diffusers' autoencoders read at each decode."""
+"""VAE slicing (exact) and VAE tiling (lossy), through the flags that diffusers' autoencoders read at each decode.
+
+AutoencoderKL's tiles are our own (`actions.tiled_calls`); other autoencoders keep diffusers' tiling.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import nn
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..planning.options import VAESlicing, VAETiling
 from .components import component
+from .tiled_calls import TiledDecode, TiledEncode, takes_our_tiles
 from .undo import Journal, journaling
 
 DEFAULT_TILE = 512
@@ -27,7 +31,7 @@ def apply_slicing(pipe: Any, options: VAESlicing) -> Journal:
 
 
 def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
-    """Lossy: decode and encode large pictures in overlapping, blended tiles of `tile_size` pixels."""
+    """Lossy: decode and encode large pictures in overlapping, feathered tiles of `tile_size` pixels."""
     tried = f"enable_vae_tiling(tile_size={options.tile_size}, overlap={options.overlap})"
     vae = _vae_with(pipe, "enable_tiling", tried)
     tile = options.tile_size or _default_tile(pipe, vae)
@@ -38,6 +42,12 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
             vae.enable_tiling()  # type: ignore[operator]
         for name, value in values.items():
             journal.set_attribute(vae, name, value)
+        if takes_our_tiles(vae):
+            step = _pixels_per_latent(vae)
+            journal.set_attribute(vae, "tiled_decode", TiledDecode(vae, step))
+            journal.set_attribute(vae, "_tiled_encode", TiledEncode(vae, step))
+        else:
+            journal.note(f"diffusers' own tiles, since this is a {type(vae).__name__}")
         border = round(tile * values.get("tile_overlap_factor", overlap))
         journal.note(f"pictures above {tile} px a side are tiled, {border} px blended; up to {tile} px nothing changes")
         own = _default_picture(pipe)

@@ -272,8 +272,13 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
     pictures = 0
     if tile := _tile_size(facts, switches):
         area = min(area, tile**2)
-        # rows of finished tiles, the blended rows, and the picture they are joined into
-        pictures = 3 * 3 * height * width * item_bytes * at_once
+        if VAETiling in switches and facts.vae.class_name == "AutoencoderKL":
+            # our own tiles, picture after picture: the canvas, one row of tiles in float32, and the row after it
+            at_once = 1
+            pictures = 3 * (height * width * item_bytes + 2 * min(tile, height) * width * 4)
+        else:
+            # rows of finished tiles, the blended rows, and the picture they are joined into
+            pictures = 3 * 3 * height * width * item_bytes * at_once
     if at_once < batch_size:
         pictures += 3 * height * width * item_bytes * batch_size
     channels = facts.vae.block_out_channels or _DEFAULT_DECODER

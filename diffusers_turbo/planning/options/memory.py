@@ -20,7 +20,7 @@ class VAESlicing(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class VAETiling(Options):
-    """Decode each picture in overlapping tiles. LOSSY: every tile is normalised by its own statistics.
+    """Decode each picture in overlapping tiles. LOSSY: a tile sees only itself, and borders are blended.
 
     `tile_size` in pixels of the picture's side; `overlap` as a fraction of the tile.
     """
@@ -28,7 +28,7 @@ class VAETiling(Options):
     action = "enable_vae_tiling"
     slot = "vae_tiling"
     exact = False
-    lossy_reason = "each tile's group norms see only the tile, and borders are blended"
+    lossy_reason = "a tile's attention and convolutions see only the tile, and borders are blended"
 
     tile_size: int | None = None
     overlap: float | None = None

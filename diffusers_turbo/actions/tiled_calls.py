@@ -1,0 +1,98 @@
+"""What stands in for AutoencoderKL's own tiled decoding and encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tiling.canvas import Grid
+from ..tiling.grid import Axis
+from ..tiling.statistics import poolable, shared_by
+
+
+@dataclass(eq=False)
+class TiledHalf:
+    """One half of an AutoencoderKL, tile by tile, one picture of the batch after the other.
+
+    Tile and overlap are read from the attributes that diffusers' own tiling reads: what a user sets there holds.
+
+    Attributes:
+        vae: whose half it is.
+        step: pixels per latent.
+    """
+
+    vae: Any
+    step: int
+
+    def paint(self, network: nn.Module, inner: nn.Module | None, source: Tensor, *, decodes: bool) -> Tensor:
+        """Run `network` (after `inner` when it decodes, before it otherwise) over the tiles of `source`."""
+        norms = poolable(network)
+        # norms whose statistics change from picture to picture belong into no graph and no compiled code
+        call: Callable[[Tensor], Tensor] = network._call_impl if norms else network
+        parts = [part for part in ((inner, call) if decodes else (call, inner)) if part is not None]
+
+        def run(tile: Tensor) -> Tensor:
+            for part in parts:
+                tile = part(tile)
+            return tile
+
+        if len(source) > 1:
+            first = self._picture(run, norms, source[:1], decodes)
+            canvas = first.new_empty(len(source), *first.shape[1:])
+            canvas[:1] = first
+            del first
+            for index in range(1, len(source)):
+                canvas[index : index + 1] = self._picture(run, norms, source[index : index + 1], decodes)
+            return canvas
+        return self._picture(run, norms, source, decodes)
+
+    def _picture(self, run: Any, norms: list[nn.GroupNorm], source: Tensor, decodes: bool) -> Tensor:
+        if not norms:
+            return self._grid(source, decodes).paint(run, source)
+
+        def measure() -> None:
+            for tile in self._grid(source, decodes, overlap=0).tiles(source):
+                run(tile)
+
+        with shared_by(norms, measure):
+            return self._grid(source, decodes).paint(run, source)
+
+    def _grid(self, source: Tensor, decodes: bool, overlap: int | None = None) -> Grid:
+        tile = self.vae.tile_latent_min_size
+        if overlap is None:
+            overlap = tile - max(1, int(tile * (1 - self.vae.tile_overlap_factor)))
+        reads, writes = (1, self.step) if decodes else (self.step, 1)
+        rows, columns = (Axis(side // reads, tile, overlap) for side in source.shape[2:])
+        return Grid(rows, columns, reads, writes)
+
+
+class TiledDecode(TiledHalf):
+    """Stands in for `tiled_decode`."""
+
+    def __call__(self, z: Tensor, return_dict: bool = True) -> Any:
+        """Decode latents `[B, C, h, w]` to pictures `[B, 3, H, W]`."""
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        sample = self.paint(self.vae.decoder, self.vae.post_quant_conv, z, decodes=True)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+class TiledEncode(TiledHalf):
+    """Stands in for `_tiled_encode`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Encode pictures `[B, 3, H, W]` to moments `[B, 2 * C, h, w]`."""
+        return self.paint(self.vae.encoder, self.vae.quant_conv, x, decodes=False)
+
+
+def takes_our_tiles(vae: Any) -> bool:
+    """Whether this is diffusers' AutoencoderKL with its own tiling, which ours can stand in for."""
+    from diffusers import AutoencoderKL
+
+    names = ("tiled_decode", "_tiled_encode", "_decode", "_encode")
+    return isinstance(vae, AutoencoderKL) and all(
+        getattr(type(vae), name, None) is getattr(AutoencoderKL, name, False) for name in names
+    )

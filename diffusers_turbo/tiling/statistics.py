@@ -1,0 +1,96 @@
+"""Group norms of a network with the statistics of the whole picture, gathered from tiles.
+
+A tile that is normalised by itself has colours of its own, which no blending hides. So tiles that cover the picture run
+once to be measured, and with their pooled means and variances a group norm is what it is for the untiled picture, up to
+what the tiles' own norms changed in the layers below while they were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HOOKS = ("_hf_hook", "_diffusers_hook")
+"""What offload hangs on a module whose weights come and go with its forward."""
+
+
+@dataclass(eq=False)
+class PooledNorm:
+    """One group norm, measured over tiles and then applied with what was measured."""
+
+    norm: nn.GroupNorm
+    mean: Tensor | None = None
+    square: Tensor | None = None
+    tiles: int = 0
+    per_channel: list[Tensor] = field(default_factory=list)
+
+    def measure(self, input: Tensor) -> Tensor:
+        """Normalise a tile `[1, C, ..]` by itself, and pool its statistics."""
+        norm, x = self.norm, input.contiguous()
+        size = x[0, 0].numel()
+        result, mean, reciprocal = torch.native_group_norm(
+            x, norm.weight, norm.bias, len(x), x.shape[1], size, norm.num_groups, norm.eps
+        )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = mean.to(wide), reciprocal.to(wide).pow(-2) - norm.eps
+        square = variance + mean.square()
+        self.mean = mean if self.mean is None else self.mean + mean
+        self.square = square if self.square is None else self.square + square
+        self.tiles += 1
+        return result
+
+    def apply(self, input: Tensor) -> Tensor:
+        """Normalise `[1, C, ..]` by the pooled statistics: a batch norm that has been trained is just that."""
+        if not self.per_channel:
+            self.per_channel = self._settle()
+        mean, variance, *affine = self.per_channel
+        weight, bias = affine or (None, None)
+        return F.batch_norm(input, mean, variance, weight, bias, training=False, eps=self.norm.eps)
+
+    def _settle(self) -> list[Tensor]:
+        """Return mean, variance, weight and bias `[C]`, at least in float32."""
+        if self.mean is None or self.square is None:
+            raise RuntimeError("a group norm that was not called while tiles were measured")
+        norm = self.norm
+        mean = self.mean.flatten() / self.tiles
+        variance = (self.square.flatten() / self.tiles - mean.square()).clamp(min=0)
+        settled = [each.repeat_interleave(norm.num_channels // norm.num_groups) for each in (mean, variance)]
+        return settled + ([norm.weight.to(mean.dtype), norm.bias.to(mean.dtype)] if norm.affine else [])
+
+
+def poolable(network: nn.Module) -> list[nn.GroupNorm]:
+    """Return the group norms of `network`; none when offload moves their weights one by one."""
+    norms = [module for module in network.modules() if type(module) is nn.GroupNorm]
+    return [] if any(hook in vars(norm) for norm in norms for hook in HOOKS) else norms
+
+
+@contextmanager
+def forwards(replaced: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Give modules other forwards inside the block, and then what they had."""
+    before: dict[nn.Module, Any] = {module: vars(module).get("forward") for module in replaced}
+    try:
+        for module, forward in replaced.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
+
+
+@contextmanager
+def shared_by(norms: list[nn.GroupNorm], measure: Callable[[], None]) -> Iterator[None]:
+    """Run `measure`, which sends tiles through the network, and normalise by what was seen inside the block."""
+    pooled = [PooledNorm(norm) for norm in norms]
+    with forwards({each.norm: each.measure for each in pooled}):
+        measure()
+    with forwards({each.norm: each.apply for each in pooled if each.tiles}):
+        yield
