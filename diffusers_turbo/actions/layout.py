@@ -39,15 +39,16 @@ class PictureOutput:
         """Project tokens `[B, H * W, D]` and add the residual `[B, C, H, W]`; the arguments are the host's."""
         project = self.model.proj_out
         if self.model.use_linear_projection:
-            picture = _picture(project(hidden_states), height, width)
+            picture = _picture(project(hidden_states), batch_size, height, width)
         else:
-            picture = project(_picture(hidden_states, height, width))
+            picture = project(_picture(hidden_states, batch_size, height, width))
         result: torch.Tensor = picture + residual
         return result
 
 
-def _picture(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return tokens.view(len(tokens), height, width, -1).movedim(-1, 1)
+def _picture(tokens: torch.Tensor, batch_size: int, height: int, width: int) -> torch.Tensor:
+    # the host's numbers, which a trace sees as inputs; len() would be baked in
+    return tokens.view(batch_size, height, width, -1).movedim(-1, 1)
 
 
 @dataclass

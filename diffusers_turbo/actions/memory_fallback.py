@@ -72,10 +72,16 @@ class StepsDown:
             running.calls += 1
         try:
             yield
-        except Exception as error:
-            if ran_out_of_memory(error):
-                running.failed = True
+        except OutOfMemoryError:
+            running.failed = True
             raise
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            running.failed = True
+            told = in_one_line(error, 160)
+            let_go(error)
+            raise OutOfMemoryError(running.explain_between(told)) from None
         finally:
             with _lock:
                 running.calls -= 1
@@ -317,17 +323,30 @@ class Running:
         scale = 1 if guard.name == "encode" else facts.vae_scale_factor
         return tensor.shape[-2] * scale, tensor.shape[-1] * scale, batch_size
 
+    def explain_between(self, told: str) -> str:
+        """Say that memory ran out in the pipeline's own work, of which no call can be made again."""
+        calls = ", ".join(f"{guard.count} of {guard.label}" for guard in self._guards if guard.count)
+        return explain_failure(
+            f"the pipeline's own work between its components (calls so far: {calls or 'none'})",
+            f"device memory exhausted ({told}) after these steps: {self._done()}",
+            "room for latents and pictures beside what the components hold",
+            "call it again, since what was cached has been given back; or switch on enable_model_cpu_offload(), or make "
+            "fewer or smaller pictures",
+        )
+
+    def _done(self) -> str:
+        return "; ".join(taken.what for taken in self.record.taken) or "nothing"
+
     def _explain(self, guard: GuardedCall, where: str, told: str, args: Any, kwargs: Any) -> str:
         facts = read_pipeline(self.pipe)
         part = facts.component(guard.component)
         role = part.role if part is not None else "other"
         stage = {"vae": "decode", "text_encoder": "encode", "image_encoder": "encode"}.get(role, "denoise")
         height, width, batch_size = self._size(guard, args, kwargs)
-        done = "; ".join(taken.what for taken in self.record.taken) or "nothing"
         refused = "".join(f"; {text} was refused ({reason})" for text, reason in self.record.refused.items())
         return explain_failure(
             f"{where}, {batch_size} of {width}x{height} pixels",
-            f"device memory exhausted ({told}) after these steps: {done}{refused}",
+            f"device memory exhausted ({told}) after these steps: {self._done()}{refused}",
             "more memory, or a call that needs less of it",
             suggest(
                 facts,

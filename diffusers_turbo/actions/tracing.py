@@ -164,9 +164,23 @@ def load_trace(unet: nn.Module, options: TraceUNet) -> Any:
 
 
 def distance_from_eager(unet: nn.Module, traced: Any, options: TraceUNet) -> float:
-    """Return |traced - eager| / |eager| on inputs of a size and batch that were not traced."""
+    """Return |traced - eager| / |eager| on inputs of a size and batch that were not traced.
+
+    Raises:
+        NotSupportedError: the trace does not run on them.
+    """
     inputs = example_inputs(unet, options.height, options.width, options.batch_size, other=True)
-    return relative_distance(unet, traced, inputs)
+    try:
+        return relative_distance(unet, traced, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # above the last line stands where in the source
+        last = str(error).strip().splitlines()[-1]
+        found = f"a trace that does not run at a size and batch that were not traced ({last})"
+        raise NotSupportedError(
+            explain_failure(TRIED, found, "a trace that holds at others", "use compile_unet() instead")
+        ) from error
 
 
 def _dtype(unet: nn.Module) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Measure the peak memory of every stage over a grid of sizes, batches and switches, and predict it beside.
 
-python docs/benchmarks/memory_grid.py docs/benchmarks/memory-grid-<gpu>.json [--seconds 460] [--tiny] [--predict-only]
+python docs/benchmarks/memory_grid.py docs/benchmarks/memory-grid-<gpu>.json [--seconds 460] [--only sdxl ...] [--tiny] [--predict-only]
 
 One process on one GPU. Cells are ordered so that a run cut short is still useful; what the file holds already is not
 measured again. Predictions need no GPU and come last: `--predict-only` makes them from the file alone. `--tiny` tries
@@ -351,10 +351,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--seconds", type=float, default=460, help="start no cell after this long")
+    parser.add_argument("--only", nargs="+", help="cells of these architectures, so that two processes share the work")
     parser.add_argument("--tiny", action="store_true", help="thin networks on the CPU, live bytes for peaks")
     parser.add_argument("--predict-only", action="store_true", help="measure nothing, needs no GPU")
     given = parser.parse_args()
-    chosen = cells()
+    chosen = [cell for cell in cells() if not given.only or cell.architecture in given.only]
     if given.tiny:
         # a CPU has no offload, no graphs and no other kernels
         elsewhere = ("offload", "graphs", "xformers", "prompt_projections", "efficient", "upcast", "fused_kernels")

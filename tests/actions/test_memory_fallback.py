@@ -20,6 +20,7 @@ from diffusers_turbo.actions.offload import Placement, TensorPlace
 from diffusers_turbo.errors import OutOfMemoryError
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
+from diffusers_turbo.planning.options import VAETiling
 from tests import tiny
 from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
@@ -218,7 +219,7 @@ def test_tiles_come_last_and_are_called_lossy(make, monkeypatch):
     assert starved.failures == 5
     report = pipe.turbo_report()
     assert not report.exact
-    assert "enable_vae_tiling(tile_size=256); LOSSY: each tile's group norms see only the tile" in str(report)
+    assert f"enable_vae_tiling(tile_size=256); LOSSY: {VAETiling().lossy_reason}" in str(report)
 
 
 @pytest.mark.parametrize(("make", "stage", "at", "given"), [*STAGES[:6:2], *STAGES[7:10], STAGES[12]])
@@ -242,6 +243,27 @@ def test_when_nothing_is_left_one_error_says_so(make, stage, at, given, monkeypa
     assert "What to do: " in text
     assert starved.failures == {"nothing": 5, "model": 4, "block": 3}[given]
     # nothing stays half-offloaded or cast, and the next picture is right
+    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+def test_between_the_components_one_error_and_nothing_is_left_behind(monkeypatch):
+    pipe = turbo(tiny.sd())
+    stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
+    pipe.enable_memory_fallback()
+    step, calls = type(pipe.scheduler).step, []
+
+    def starved(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", starved)
+    found = r"own work between its components \(calls so far: 2 of text_encoder, 2 of unet\).*memory exhausted"
+    with pytest.raises(OutOfMemoryError, match=found):
+        tiny.picture(pipe, steps=3)
     assert torch.equal(tiny.picture(pipe, steps=3), stock)
     pipe.turbo_undo()
     assert differences(before, state_of(pipe)) == []

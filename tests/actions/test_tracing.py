@@ -11,6 +11,7 @@ from peft import LoraConfig
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.parity import distance
 from tests import tiny
+from tests.state import differences, state_of
 
 pytestmark = pytest.mark.filterwarnings(
     # torch announces the end of TorchScript whenever one is called, saved or loaded
@@ -18,11 +19,14 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 64), (3, 64, 64), (1, 96, 64), (2, 128, 96)])
-def test_other_sizes_and_batches(make, batch, height, width):
+def test_other_sizes_and_batches(make, batch, height, width, layout):
     pipe = turbo(make())
     stock = tiny.picture(pipe, batch=batch, height=height, width=width)
+    if layout == "channels-last":
+        pipe.enable_channels_last()
     pipe.trace_unet()
     assert distance(tiny.picture(pipe, batch=batch, height=height, width=width), stock).psnr_db >= 90
 
@@ -37,6 +41,23 @@ def test_return_dict_both_ways_and_signature_kept():
         assert inspect.signature(pipe.unet.forward) == signature
         torch.testing.assert_close(pipe.unet(*inputs).sample, eager, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(pipe.unet(*inputs, return_dict=False)[0], eager, atol=1e-5, rtol=1e-4)
+
+
+def test_a_trace_that_runs_at_one_size_only_is_refused_in_one_line():
+    pipe = turbo(tiny.sd())
+    before = state_of(pipe)
+    wide, base = pipe.unet.mid_block, type(pipe.unet.mid_block)
+
+    class OneSize(base):
+        def forward(self, hidden_states, *args, **kwargs):
+            sizes = [int(size) for size in hidden_states.shape]
+            return super().forward(hidden_states.view(sizes), *args, **kwargs)
+
+    wide.__class__ = OneSize
+    with pytest.raises(TurboError, match=r"a trace that does not run .* that were not traced \(RuntimeError: shape "):
+        pipe.trace_unet()
+    wide.__class__ = base
+    assert differences(before, state_of(pipe)) == []
 
 
 def test_save_and_load(tmp_path):
