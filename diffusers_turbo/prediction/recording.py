@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
         if result is None:
             result = func(*args, **(kwargs or {}))
         convolves = func is _aten.convolution.default
-        if convolves and _asks_for_last(args[1]):
+        if convolves and _asks_for_last(args[0], args[1]):
             # the meta device answers in another layout
             result = result.contiguous(memory_format=torch.channels_last)
         self.operators += 1
@@ -167,6 +167,9 @@ class Recorder(TorchDispatchMode):
             self.events.append(Multiplied())
         elif convolves:
             self.events.append(_convolved(args[0], args[1], result))
+        elif func is _aten._safe_softmax.default:
+            # which scores are -inf, a byte each (aten/src/ATen/native/SoftMax.cpp)
+            self.give_back(self.borrow(args[0].numel()))
         return result
 
     def repeat(self, events: Sequence[Event], *, keep: bool) -> None:
@@ -219,7 +222,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
-    wants_last = _asks_for_last(weight)
+    wants_last = _asks_for_last(image, weight)
     return Convolved(
         input=image.nbytes,
         output=result.nbytes,
@@ -231,13 +234,15 @@ def _convolved(image: Tensor, weight: Tensor, result: Tensor) -> Convolved:
     )
 
 
-def _asks_for_last(weight: Tensor) -> bool:
-    """Whether cuDNN works in channels-last: decided by the weight alone.
+def _asks_for_last(image: Tensor, weight: Tensor) -> bool:
+    """Whether cuDNN works in channels-last: where weight or input is laid out so (aten/src/ATen/native/ConvUtils.h).
 
-    PyTorch asks for it where the input is laid out so, too, which it is after a VAE's attention; measured peaks show
-    the copies of NCHW there all the same (docs/decisions/memory-prediction.md).
+    A VAE's attention leaves its pictures in channels-last, but for a single one: the stride of a dimension of one is
+    then that of another, by which PyTorch does not know the layout. The meta device writes strides that it would know.
     """
-    return suggest_memory_format(weight) is torch.channels_last
+    if suggest_memory_format(weight) is torch.channels_last:
+        return True
+    return len(image) > 1 and suggest_memory_format(image) is torch.channels_last
 
 
 @dataclass(eq=False)

@@ -1,6 +1,6 @@
 """Fit the workspaces of cuDNN and cuBLAS to measured peaks, and say how well the predictions agree with them.
 
-python docs/benchmarks/fit_workspaces.py docs/benchmarks/memory-peaks-h100.json
+python docs/benchmarks/fit_workspaces.py docs/benchmarks/memory-grid-h100.json
 
 Every row is run on the meta device once; a candidate is judged by replaying the runs. Nothing is written: the numbers
 go into diffusers_turbo/prediction/workspaces.toml by hand, with their source.
@@ -31,7 +31,7 @@ OTHER_MIB = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured peak, in MiB."""
+    """One measured peak, in bytes."""
 
     architecture: str
     dtype: str
@@ -39,7 +39,6 @@ class Row:
     batch_size: int
     options: tuple[Options, ...]
     allocated: int
-    reserved: int | None
 
     @property
     def channels_last(self) -> bool:
@@ -53,13 +52,12 @@ def read(path: Path) -> list[Row]:
         Row(
             architecture=row["architecture"],
             dtype=row["dtype"],
-            side=row["side_px"],
+            side=row["side"],
             batch_size=row["batch_size"],
-            options=tuple(make_options(action, **arguments) for action, arguments in row["options"]),
-            allocated=row["peak_allocated_mib"],
-            reserved=row.get("peak_reserved_mib"),
+            options=tuple(make_options(action, **arguments) for action, arguments in row["switches"]),
+            allocated=max(stage["allocated"] for stage in row["stages"].values()),
         )
-        for row in json.loads(path.read_text())["rows"]
+        for row in json.loads(path.read_text())["rows"].values()
     ]
 
 
@@ -70,7 +68,7 @@ def errors(rows: Iterable[Row], predictors: dict[Any, Predictor], workspaces: Wo
         predictor = predictors[row.architecture, row.dtype]
         predictor.workspaces = workspaces
         made = predictor(height=row.side, width=row.side, batch_size=row.batch_size, options=row.options)
-        found.append((made.peak_bytes / MIB / row.allocated - 1, row))
+        found.append((made.peak_bytes / row.allocated - 1, row))
     return found
 
 
@@ -94,7 +92,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = read(given.measurements)
     predictors = {
-        (name, dtype): Predictor(build(name, dtype=getattr(torch, dtype), device="meta", text_encoders=False))
+        (name, dtype): Predictor(build(name, dtype=getattr(torch, dtype), device="meta", text_encoders=True))
         for name, dtype in dict.fromkeys((row.architecture, row.dtype) for row in rows)
     }
     fitted = next(iter(predictors.values())).workspaces

@@ -1,4 +1,4 @@
-"""Predictions against every peak that was measured: docs/benchmarks/memory-peaks-h100.json."""
+"""Predictions against every peak that was measured: docs/benchmarks/memory-grid-h100.json, stage by stage."""
 
 from __future__ import annotations
 
@@ -10,53 +10,70 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_turbo import DeviceFacts
 from diffusers_turbo.planning.options import make_options
 from diffusers_turbo.planning.units import MIB
 from diffusers_turbo.prediction.predict import Predictor
 from tests.planning.architectures import measured
 
-ROWS = json.loads((Path(__file__).parents[2] / "docs" / "benchmarks" / "memory-peaks-h100.json").read_text())["rows"]
+GRID = json.loads((Path(__file__).parents[2] / "docs" / "benchmarks" / "memory-grid-h100.json").read_text())
+ROWS = {name: row for name, row in GRID["rows"].items() if "stages" in row}
 
-# cuDNN took another algorithm for eight pictures in NCHW, with less workspace; the model stays on the safe side
-LOOSE = {("sd15", 512, 8, "enable_sdpa"): 0.14}
+# predicted as the plain operators that they replace, which hold more
+LOOSE = {"enable_fused_kernels": 0.05}
+
+# of a stage: weights that stream are a few MiB, beside which what libraries allocate once counts
+FEW_BYTES = 32 * MIB
 
 
 @functools.cache
-def _predictor(name, dtype):
-    return Predictor(measured(name, getattr(torch, dtype)))
+def _predictor(architecture, dtype):
+    pipe = measured(architecture, getattr(torch, dtype), text_encoders=True)
+    return Predictor(pipe, device=DeviceFacts.card("H100"))
 
 
 @functools.cache
-def _predicted(index):
-    row = ROWS[index]
+def _predicted(name):
+    row = ROWS[name]
     return _predictor(row["architecture"], row["dtype"])(
-        height=row["side_px"],
-        width=row["side_px"],
+        height=row["side"],
+        width=row["side"],
         batch_size=row["batch_size"],
-        options=[make_options(action, **arguments) for action, arguments in row["options"]],
+        options=[make_options(action, **arguments) for action, arguments in row["switches"]],
     )
 
 
-def _key(row):
-    return row["architecture"], row["side_px"], row["batch_size"], "+".join(action for action, _ in row["options"])
+def _peak(stages, kind="allocated"):
+    return max(stage[kind] for stage in stages.values())
 
 
-def _error(index):
-    return _predicted(index).peak_bytes / MIB / ROWS[index]["peak_allocated_mib"] - 1
+def _error(name):
+    return _predicted(name).peak_bytes / _peak(ROWS[name]["stages"]) - 1
 
 
-@pytest.mark.parametrize("index", range(len(ROWS)), ids=lambda index: "-".join(map(str, _key(ROWS[index]))))
-def test_the_prediction_agrees_with_every_measured_peak(index):
-    made = _predicted(index)
+@pytest.mark.parametrize("name", ROWS)
+def test_the_prediction_agrees_with_every_measured_peak(name):
+    made, stages = _predicted(name), ROWS[name]["stages"]
     assert not any(stage.estimated for stage in made.stages), made.notes
-    assert -0.005 <= _error(index) <= LOOSE.get(_key(ROWS[index]), 0.035)
-    assert made.needed_bytes / MIB >= ROWS[index]["peak_allocated_mib"]
+    too_high = max((share for action, share in LOOSE.items() if action in name), default=0.01)
+    assert -0.005 <= _error(name) <= too_high
+    assert made.needed_bytes >= _peak(stages)
+    for stage in made.stages:
+        over = stage.allocated_bytes - stages[stage.stage]["allocated"]
+        assert -0.005 * stages[stage.stage]["allocated"] <= over <= max(too_high * made.peak_bytes, FEW_BYTES)
 
 
-def test_half_of_all_rows_are_met_within_a_quarter_percent():
-    assert statistics.median(abs(_error(index)) for index in range(len(ROWS))) < 0.0025
+def test_there_are_enough_cells_and_half_are_met_within_a_third_of_a_percent():
+    assert len(ROWS) >= 60
+    assert statistics.median(abs(_error(name)) for name in ROWS) < 0.0033
 
 
-@pytest.mark.parametrize("index", [index for index, row in enumerate(ROWS) if "peak_reserved_mib" in row])
-def test_what_the_allocator_reserves_is_met_within_six_percent(index):
-    assert _predicted(index).reserved_bytes / MIB == pytest.approx(ROWS[index]["peak_reserved_mib"], rel=0.06)
+def test_what_the_allocator_reserves():
+    """Accelerate's sequential offload gives segments back that the replay keeps."""
+    errors = {
+        name: _predicted(name).reserved_bytes / _peak(row["stages"], "reserved") - 1
+        for name, row in ROWS.items()
+        if "sequential" not in name
+    }
+    assert statistics.median(map(abs, errors.values())) < 0.03
+    assert sum(abs(error) <= 0.08 for error in errors.values()) / len(errors) >= 0.92

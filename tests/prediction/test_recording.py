@@ -123,6 +123,28 @@ def test_convolutions_say_how_they_are_laid_out():
     assert not next(event for event in recorder.events if isinstance(event, Convolved)).copies_input
 
 
+@pytest.mark.parametrize(("batch", "last"), [(1, False), (2, True)])
+def test_a_picture_in_channels_last_decides_unless_it_is_alone(batch, last):
+    layer = nn.Conv2d(4, 8, 3, padding=1, device="meta")
+    # a VAE's attention: tokens [B, H * W, C] seen as a picture
+    image = torch.empty(batch, 64, 4, device="meta").transpose(1, 2).reshape(batch, 4, 8, 8)
+    with torch.no_grad(), Recorder([layer]) as recorder:
+        result = layer(image)
+    (call,) = [event for event in recorder.events if isinstance(event, Convolved)]
+    assert call.channels_last == last
+    assert result.is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_a_softmax_of_plain_attention_holds_a_mask_beside_its_scores():
+    query = torch.empty(1, 2, 64, 8, device="meta")
+    with Recorder() as recorder:
+        torch.ops.aten._scaled_dot_product_attention_math(query, query, query)
+    sizes = [event.size for event in recorder.events if isinstance(event, Made)]
+    scores = 2 * 64 * 64
+    assert sizes.count(4 * scores) == 2
+    assert sizes.count(scores) == 1
+
+
 def test_the_quick_operators_make_what_the_slow_ones_make():
     """`_QUICK` knows shapes by heart; the CPU's operators have the last word on shape, dtype and layout."""
 
