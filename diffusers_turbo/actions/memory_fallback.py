@@ -330,8 +330,8 @@ class Running:
             f"the pipeline's own work between its components (calls so far: {calls or 'none'})",
             f"device memory exhausted ({told}) after these steps: {self._done()}",
             "room for latents and pictures beside what the components hold",
-            "call it again, since what was cached has been given back; or switch on enable_model_cpu_offload(), or make "
-            "fewer or smaller pictures",
+            "call it again, since what was cached has been given back; or switch on enable_model_cpu_offload(), or "
+            "make fewer or smaller pictures",
         )
 
     def _done(self) -> str:

@@ -1,6 +1,6 @@
 """Measure the peak memory of every stage over a grid of sizes, batches and switches, and predict it beside.
 
-python docs/benchmarks/memory_grid.py docs/benchmarks/memory-grid-<gpu>.json [--seconds 460] [--only sdxl ...] [--tiny] [--predict-only]
+python docs/benchmarks/memory_grid.py docs/benchmarks/memory-grid-<gpu>.json [--seconds 460] [--only sdxl]
 
 One process on one GPU. Cells are ordered so that a run cut short is still useful; what the file holds already is not
 measured again. Predictions need no GPU and come last: `--predict-only` makes them from the file alone. `--tiny` tries
