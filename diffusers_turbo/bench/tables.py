@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _NOTHING = "-"
+_OUTCOME = "verdict"
 _LONGEST_OUTCOME = 200
 _NARROWEST_OUTCOME = 24
 
@@ -134,7 +135,7 @@ COLUMNS = (
     Column(name="flip", value=_distance("flip")),
     Column(name="verdict", value=_field("verdict")),
     Column(name="verdict_reasons", value=lambda results, row: "; ".join(row.verdict_reasons) or None),
-    Column(title="verdict", value=_outcome, text=_short, number=False),
+    Column(title=_OUTCOME, value=_outcome, text=_short, number=False),
     Column(name="baseline", value=lambda results, row: results.baseline),
     Column(name="model", value=lambda results, row: model_name(results.job)),
     Column(name="task", value=lambda results, row: results.job.task),
@@ -187,13 +188,14 @@ def rich_table(results: Results, width: int | None = None) -> Table:
         from rich.table import Table
         from rich.text import Text
 
-    caption = "\n".join([environment_line(results), protocol_line(results), *_notes(results)])
+    columns = _that_fit(_columns_for_readers(results), results, Console().width if width is None else width)
+    said = [] if any(column.title == _OUTCOME for column in columns) else _outcomes(results)
+    caption = "\n".join([*said, environment_line(results), protocol_line(results), *_notes(results)])
     # as Text, since square brackets in a name would be read as markup
     table = Table(title=Text(job_line(results)), caption=Text(caption), caption_justify="left")
-    columns = _that_fit(_columns_for_readers(results), results, Console().width if width is None else width)
     for column in columns:
         # a name or a number broken over two lines is hard to read; reasons may be
-        wraps = column.title == "verdict"
+        wraps = column.title == _OUTCOME
         table.add_column(str(column.title), justify="right" if column.number else "left", no_wrap=not wraps)
     for row in results.rows:
         table.add_row(*(Text(_cell(column, results, row)) for column in columns), style=_style(results, row))
@@ -204,13 +206,23 @@ def _that_fit(columns: list[Column], results: Results, width: int) -> list[Colum
     kept = list(columns)
     while sum(_width(column, results) for column in kept) + 1 > width and any(column.spare for column in kept):
         kept.remove(max(kept, key=lambda column: column.spare))
+    if sum(_width(column, results) for column in kept) + 1 > width:
+        # sentences in a strip of one word a line help nobody: they go below the table
+        kept = [column for column in kept if column.title != _OUTCOME]
     return kept
+
+
+def _outcomes(results: Results) -> list[str]:
+    """What there is to say of each row, a line for each."""
+    several = len(results.job.batches) > 1
+    found = [(row, _outcome(results, row)) for row in results.rows]
+    return [f"{row.case}{f' x {row.batch}' if several else ''}: {_short(text)}" for row, text in found if text]
 
 
 def _width(column: Column, results: Results) -> int:
     longest = max(len(text) for text in (str(column.title), *(_cell(column, results, row) for row in results.rows)))
     # two blanks and a line; reasons wrap, but not into a narrow strip
-    return 3 + (min(longest, _NARROWEST_OUTCOME) if column.title == "verdict" else longest)
+    return 3 + (min(longest, _NARROWEST_OUTCOME) if column.title == _OUTCOME else longest)
 
 
 def _style(results: Results, row: Row) -> str:

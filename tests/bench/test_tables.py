@@ -190,6 +190,13 @@ def test_a_narrow_terminal_loses_columns_and_no_numbers(width):
     assert ("quartiles s" in table) == (width > 120)
 
 
+def test_where_a_verdict_would_be_a_strip_it_stands_below():
+    text = printed(samples.results(), 72)
+    table, below = text[: text.index("└")], text[text.index("└") :]
+    assert "verdict" not in table
+    assert "RuntimeError: [b] broke" in " ".join(below.split())
+
+
 def test_without_rich_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(MissingPackageError, match=r'pip install "diffusers-turbo\[cli\]"'):
