@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import random
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ FORMAT_VERSION = 1
 
 # What of the environment changes a timing. Dates, and the rates measured in the run, differ each time.
 _LASTING_FACTS = ("device_name", "total_bytes", "driver", "power_limit_w", "os", "cpu", "cpu_cores", "versions")
+
+
+_RESAMPLES = 2000
+
+_BUSY = 0.9
 
 
 class Status(enum.StrEnum):
@@ -46,6 +52,7 @@ class Row:
         first_image_s: the first call, with all compilation in it, without load and apply.
         warmup_s: further calls that are not counted.
         seconds: one whole call a round.
+        busy_s: how long the GPU computes in such a call, from a profile; None without a GPU.
         peak_allocated_bytes, peak_reserved_bytes: of the device's allocator, in the timed calls.
         peak_host_bytes: of the process.
         report: `pipe.turbo_report()` as data.
@@ -64,6 +71,7 @@ class Row:
     first_image_s: float | None = None
     warmup_s: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    busy_s: float | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     peak_host_bytes: int | None = None
@@ -91,6 +99,26 @@ class Row:
     def high_s(self) -> float | None:
         """The upper quartile."""
         return self._quartile(2)
+
+    @property
+    def median_interval_s(self) -> tuple[float, float] | None:
+        """Where the median lies with 95 % confidence: a bootstrap over the rounds (Efron and Tibshirani, 1993)."""
+        if len(self.seconds) < 2:
+            return None
+        draw = random.Random(0)
+        medians = [statistics.median(draw.choices(self.seconds, k=len(self.seconds))) for _ in range(_RESAMPLES)]
+        cuts = statistics.quantiles(medians, n=40, method="inclusive")
+        return cuts[0], cuts[-1]
+
+    @property
+    def busy_share(self) -> float | None:
+        """The share of the median call in which the GPU computes."""
+        return self.busy_s / self.median_s if self.busy_s is not None and self.median_s else None
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the GPU waits for the host for more than a tenth of the call: then the CPU decides how long it is."""
+        return self.busy_share is not None and self.busy_share < _BUSY
 
     @property
     def iterations_per_s(self) -> float | None:

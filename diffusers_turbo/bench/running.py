@@ -14,6 +14,7 @@ import torch
 
 from ..errors import InvalidOptionError, MissingPackageError, NotSupportedError, explain_failure, in_one_line
 from ..facts.pipeline import read_pipeline
+from .busy import busy_seconds
 from .cases import Case
 from .clock import timed
 from .job import Job
@@ -97,6 +98,14 @@ class Contender:
                 reserved = torch.cuda.max_memory_reserved(self.device)
                 row.peak_reserved_bytes = max(reserved, row.peak_reserved_bytes or 0)
         return seconds
+
+    def profile(self, row: Row) -> None:
+        """Note how long the GPU computes in one call."""
+
+        def call(steps: int) -> Any:
+            return self.call(row.batch, num_inference_steps=steps)()
+
+        row.busy_s = busy_seconds(call, self.job.steps, self.device)
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0

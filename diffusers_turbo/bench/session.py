@@ -115,6 +115,8 @@ class Session:
                 if row.status is Status.WAITING:
                     row.status, row.reason = Status.OK, None
             self.results.save(self.path)
+            for row in waiting:
+                self._profile(row, contenders)
         for case in self.job.cases:
             self._look_closer(case, contenders)
             free_memory(torch.device(self.job.device))
@@ -144,6 +146,16 @@ class Session:
         with outcomes_in(row):
             row.seconds.append(contenders[row.case].round(row))
         self._after_failure(row, contenders)
+
+    def _profile(self, row: Row, contenders: dict[str, Contender]) -> None:
+        """See whether GPU or host decided how long the calls took, once all were timed."""
+        if row.status is not Status.OK or row.case not in contenders or not is_cuda(self.job.device):
+            return
+        self._tell(f"{row.case}, batch {row.batch}, profile")
+        try:
+            contenders[row.case].profile(row)
+        except Exception as error:
+            self._note(f"no profile of {row.case}, batch {row.batch}: {_told(error)}")
 
     def _after_failure(self, row: Row, contenders: dict[str, Contender]) -> None:
         """Make room for the others, if the row failed."""
@@ -277,3 +289,8 @@ def _told(error: Exception) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_cuda(device: str) -> bool:
+    """Whether the profiler can tell what a device does."""
+    return torch.device(device).type == "cuda"

@@ -97,7 +97,8 @@ def _dtype(results: Results, row: Row) -> str:
 def _outcome(results: Results, row: Row) -> str | None:
     found, dtype = outcome(row, results.job.rounds), _dtype(results, row)
     # exact in half precision is as near as stock is there, which is not what exact in fp32 is
-    return f"exact in {dtype}" if found == "exact" and dtype != "float32" else found or None
+    verdict, mark, rest = found.partition(";")
+    return f"exact in {dtype}{mark}{rest}" if verdict == "exact" and dtype != "float32" else found or None
 
 
 def _short(text: str) -> str:
@@ -116,9 +117,12 @@ COLUMNS = (
     Column(name="median_s", value=_field("median_s")),
     Column(name="low_quartile_s", value=_field("low_s")),
     Column(name="high_quartile_s", value=_field("high_s")),
+    Column(name="median_95_percent_interval_s", value=lambda results, row: _joined(row.median_interval_s or ())),
     Column(name="seconds_per_round_s", value=lambda results, row: _joined(row.seconds)),
     Column(name="iterations_per_s", title="it/s", value=_timed("iterations_per_s"), text=digits, spare=2),
     Column(name="images_per_s", title="images/s", value=_timed("images_per_s"), text=digits, spare=6),
+    Column(name="gpu_busy_s", value=_field("busy_s")),
+    Column(title="GPU busy", value=_timed("busy_share"), text=lambda value: f"{value:.0%}", spare=4),
     Column(name="faster_than_baseline_percent", value=lambda results, row: results.percent(row)),
     Column(title="vs baseline", value=_compared),
     Column(name="first_image_s", title="first image s", value=_field("first_image_s"), text=digits, spare=3),

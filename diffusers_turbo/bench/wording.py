@@ -24,7 +24,7 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def outcome(row: Row, rounds: int) -> str:
-    """Say in one line what there is to say beside a row's numbers, or instead of them: its verdict, the reasons.
+    """Say in one line what there is to say beside a row's numbers, or instead of them: verdict, reasons, CPU-bound.
 
     Args:
         row: the row.
@@ -32,7 +32,14 @@ def outcome(row: Row, rounds: int) -> str:
     """
     said = [f"{len(row.seconds)} of {rounds} rounds"] if row.measured and row.status is not Status.OK else []
     said += [text for text in (row.reason, row.verdict, "; ".join(row.verdict_reasons)) if text]
-    return " ".join(": ".join(said).split())
+    found = [" ".join(": ".join(said).split())] if said else []
+    return "; ".join([*found, *([_bound(row)] if row.measured and row.launch_bound else [])])
+
+
+def _bound(row: Row) -> str:
+    interval = row.median_interval_s
+    between = f", median {digits(interval[0])} to {digits(interval[1])} s (95 % bootstrap)" if interval else ""
+    return f"the CPU is the bound: GPU busy {row.busy_share:.0%}{between}"
 
 
 def model_name(job: Job) -> str:
@@ -106,8 +113,18 @@ def protocol_line(results: Results) -> str:
         _warmups(timed, job),
         f"Positive percentages are faster than {results.baseline} at the same batch size",
         _distance(results),
+        *(
+            ["GPU busy: the share of the call with a kernel or copy on the GPU, from a profile"]
+            if _profiled(timed)
+            else []
+        ),
     ]
     return "Protocol: " + ". ".join(sentences) + "."
+
+
+def _profiled(timed: list[Row]) -> list[str]:
+    found = any(row.busy_s is not None for row in timed)
+    return ["GPU busy: the share of the call with a kernel or copy on the GPU, from a profile"] if found else []
 
 
 def _warmups(timed: list[Row], job: Job) -> str:
