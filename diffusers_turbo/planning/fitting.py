@@ -27,6 +27,9 @@ TILE_SIZES = (512, 256)
 """Sides of tiles in pixels, the larger first: fewer borders. 256 is the smallest at which the KL autoencoder's group
 norms still see a picture's worth of context; stock tiling uses the model's own 512 or 1024."""
 
+AMPLE = 0.8
+"""Up to this share of the usable memory a plan counts as one with room to spare."""
+
 _SLICE_ATTENTION = SlicedAttention(slice_size="max")
 
 
@@ -137,12 +140,17 @@ def judge_memory(situation: Situation, tried: Sequence[Estimated], chosen: Estim
     return verdicts
 
 
-def judge_fallback(situation: Situation) -> Verdict:
-    """Decide on what happens when the estimate was wrong: nobody has seen it on a GPU yet."""
-    device, option = situation.device, MemoryFallback()
+def judge_fallback(situation: Situation, chosen: Estimated) -> Verdict:
+    """Decide on what happens when the estimate was wrong: taken where it is close enough to the limit to matter."""
+    device, usable, option = situation.device, situation.usable_bytes, MemoryFallback()
     if device.device_type != "cuda":
         return leave(option, f"The errors it answers are those of CUDA's allocator; this is {device.name}.")
-    return leave(option, "It costs nothing until memory runs out, but has not been run on a GPU yet: call it yourself.")
+    if usable is None:
+        return leave(option, "Free memory is unknown here: call it yourself, it costs nothing until memory runs out.")
+    numbers = f"{gib(chosen.needed_bytes)} with margin of {gib(usable)} usable"
+    if chosen.needed_bytes <= AMPLE * usable:
+        return leave(option, f"Room enough: {numbers}.")
+    return take(option, f"Little room is left ({numbers}): a component that runs out of it is called again with less.")
 
 
 def _all_kinds(situation: Situation) -> list[Options]:

@@ -119,7 +119,7 @@ def make_plan(
         chosen = next((draft for draft in drafts if draft.estimate.needed_bytes <= usable), thriftiest)
     tried = [draft.summary for draft in drafts]
     verdicts = [*chosen.verdicts, *judge_memory(situation, tried, tried[drafts.index(chosen)])]
-    verdicts.append(judge_fallback(situation))
+    verdicts.append(judge_fallback(situation, tried[drafts.index(chosen)]))
     return Plan(
         steps=_steps(verdicts),
         rejected=_rejected(verdicts),

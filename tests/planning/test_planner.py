@@ -202,8 +202,14 @@ def test_compiling_needs_enough_pictures_and_says_how_many():
     assert "enable_channels_last" not in _actions(_on("H100", "sdxl", tier="none"))
 
 
-def test_the_memory_fallback_is_there_to_call():
-    assert "has not been run on a GPU yet" in _reason(_on("RTX 3060"), "enable_memory_fallback")
+def test_the_memory_fallback_goes_along_where_little_room_is_left():
+    roomy, tight, short = (_on("RTX 3060", vram_budget=budget) for budget in (None, "3GB", "200MB"))
+    assert "enable_memory_fallback" not in _actions(roomy)
+    assert "Room enough: " in _reason(roomy, "enable_memory_fallback")
+    for made in (tight, short):
+        assert _actions(made)[-1] == "enable_memory_fallback"
+        assert "Little room is left (" in _reason(made, "enable_memory_fallback")
+    assert (tight.fits, tight.exact, short.fits) == (True, True, False)
     assert "those of CUDA's allocator; this is" in _reason(_on("MPS"), "enable_memory_fallback")
 
 
