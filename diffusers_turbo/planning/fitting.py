@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import gains
 from .options import (
     GroupOffload,
     MemoryFallback,
@@ -21,6 +20,7 @@ from .options import (
     VAETiling,
 )
 from .request import Situation, Verdict, leave, take
+from .timing import STEPS
 from .units import gib
 
 TILE_SIZES = (512, 256)
@@ -52,10 +52,29 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimated:
-    """A rung with what it is estimated to need, margin included."""
+    """A rung with what it is estimated to need, margin included, and what its switches add to a call's time at most."""
 
     rung: Rung
     needed_bytes: int
+    added_seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether its switches leave the picture as it is, up to rounding."""
+        return all(option.exact for option in self.rung.options)
+
+
+def cheapest(tried: Sequence[Estimated], usable_bytes: int | None) -> Estimated:
+    """Choose the rung that fits and adds the least time, the first of equals; a lossy one only if no exact one fits.
+
+    The thriftiest where none fits, and the first where it is not known what is usable.
+    """
+    if usable_bytes is None:
+        return tried[0]
+    fitting = [item for item in tried if item.needed_bytes <= usable_bytes]
+    if not fitting:
+        return min(tried, key=lambda item: item.needed_bytes)
+    return min(fitting, key=lambda item: (not item.exact, item.added_seconds))
 
 
 def make_ladder(situation: Situation, *, attention_holds_scores: bool) -> list[Rung]:
@@ -203,8 +222,8 @@ def _why_taken(
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
-    seconds = f"{gains.OFFLOAD_SECONDS['none']} to {gains.OFFLOAD_SECONDS[option.action]} s"
-    return f"The pipeline {numbers}. It costs time ({seconds} for 3 steps of SD1.5 at 512x512 on an H100)."
+    seconds = f"{chosen.added_seconds:.1f} s to a call of {STEPS} steps at the bus rates of an H100"
+    return f"The pipeline {numbers}. Moving its weights adds up to {seconds}."
 
 
 def _cheapest_without(option: Options, tried: Sequence[Estimated], chosen: Estimated) -> int:

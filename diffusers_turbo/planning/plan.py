@@ -46,11 +46,39 @@ class Rejected:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """One combination of memory switches that was weighed, with all the plan's other switches that go with it.
+
+    Attributes:
+        switches: the memory switches as calls; none of them is a way, too.
+        lean: whether copies of weights and graphs, which are for speed, were done without.
+        exact: whether the memory switches leave the picture as it is, up to rounding.
+        peak_bytes, needed_bytes: the estimated peak, and with its margin.
+        added_seconds: what moving weights adds to a call of 30 steps, at most, at the bus rates of an H100.
+        fits: whether it fits, None where it is not known what is usable.
+    """
+
+    switches: tuple[str, ...]
+    lean: bool
+    exact: bool
+    peak_bytes: int
+    needed_bytes: int
+    added_seconds: float
+    fits: bool | None
+
+    @property
+    def name(self) -> str:
+        """The switches for a reader."""
+        return " + ".join(self.switches) or ("without copies for speed" if self.lean else "no memory switch")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What to switch on, in order, for one pipeline on one device.
 
     `request` and `facts` are summaries for the reader; `before` and `after` are the estimated peaks of the pipeline
-    as it stands and with all steps applied; `notes` are things to know that are no switch.
+    as it stands and with all steps applied; `alternatives` are the ways to save memory that were weighed; `notes` are
+    things to know that are no switch.
     """
 
     steps: tuple[Step, ...]
@@ -60,6 +88,7 @@ class Plan:
     before: MemoryEstimate | None = None
     after: MemoryEstimate | None = None
     budget_bytes: int | None = None
+    alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -79,12 +108,14 @@ class Plan:
         lines = [_headline(self.facts, self.request)]
         lines.append("Steps:" if self.steps else "Steps: none, the pipeline stays as it is.")
         for number, step in enumerate(self.steps, 1):
-            lines.append(f"  {number}. {_call(step.action, step.options)}{'' if step.exact else '  LOSSY'}")
+            lines.append(f"  {number}. {call_text(step.action, step.options)}{'' if step.exact else '  LOSSY'}")
             lines.append(f"     {step.reason}")
         if self.rejected:
             lines.append("Not taken:")
             for item in self.rejected:
-                lines.append(f"  - {_call(item.action, item.options)}{'' if item.exact else '  LOSSY'}: {item.reason}")
+                lines.append(
+                    f"  - {call_text(item.action, item.options)}{'' if item.exact else '  LOSSY'}: {item.reason}"
+                )
         lines.extend(self._memory_lines())
         if self.notes:
             lines.append("Notes:")
@@ -101,6 +132,17 @@ class Plan:
             verdict = "fits" if self.fits else "DOES NOT FIT"
             need = gib(self.after.needed_bytes)
             lines.append(f"  with its margin {need} of {gib(self.budget_bytes)} usable: {verdict}")
+        return [*lines, *self._alternative_lines()]
+
+    def _alternative_lines(self) -> list[str]:
+        """Show the ways to save memory where one of them is needed."""
+        if not self.alternatives or self.alternatives[0].fits is not False:
+            return []
+        lines = ["Ways to fit (peak with margin, what moving weights adds to a call of 30 steps at most):"]
+        for item in self.alternatives:
+            fit = "fits" if item.fits else "does not fit"
+            lossy = "" if item.exact else ", LOSSY"
+            lines.append(f"  - {item.name}: {gib(item.needed_bytes)}, +{item.added_seconds:.1f} s, {fit}{lossy}")
         return lines
 
     def __str__(self) -> str:
@@ -131,7 +173,12 @@ class Plan:
             before, after = (
                 MemoryEstimate.from_dict(found) if (found := data.pop(key)) else None for key in _ESTIMATES
             )
-            plan = cls(steps=steps, rejected=rejected, notes=notes, before=before, after=after, **data)
+            ways = tuple(
+                Alternative(**{**item, "switches": tuple(item["switches"])}) for item in data.pop("alternatives", ())
+            )
+            plan = cls(
+                steps=steps, rejected=rejected, alternatives=ways, notes=notes, before=before, after=after, **data
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _no_plan(f"{type(error).__name__}: {error}") from error
         if version != FORMAT_VERSION:
@@ -153,7 +200,7 @@ def _no_plan(found: str) -> InvalidOptionError:
     )
 
 
-def _call(action: str, options: Mapping[str, Any]) -> str:
+def call_text(action: str, options: Mapping[str, Any]) -> str:
     """Print a call with the arguments that differ from the method's defaults."""
     defaults = ACTIONS[action]().as_dict() if action in ACTIONS else {}
     given = [f"{name}={value!r}" for name, value in options.items() if value != defaults.get(name)]

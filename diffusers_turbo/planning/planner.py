@@ -3,7 +3,7 @@
 situation = settle(facts, device, request)
 for each rung of the memory ladder, the least intrusive first:
     the switches for speed that go with it, and the estimate of both
-the first rung that fits wins; if none does, the thriftiest
+the exact rung that fits and adds the least time wins, then the lossy ones; if none fits, the thriftiest
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
-from .fitting import Estimated, Rung, judge_fallback, judge_memory, make_ladder
+from .fitting import Estimated, Rung, cheapest, judge_fallback, judge_memory, make_ladder
 from .memory import Estimates, MemoryEstimate, estimate_memory, holds_scores
 from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
-from .plan import Plan, Rejected, Step
+from .plan import Alternative, Plan, Rejected, Step, call_text
 from .request import Request, Situation, Verdict, settle
 from .speed import (
     judge_attention,
@@ -32,6 +32,7 @@ from .speed import (
     sm_text,
 )
 from .tiers import Tier, judge_tier, settle_tier
+from .timing import added_seconds
 from .units import gib
 
 if TYPE_CHECKING:
@@ -113,13 +114,10 @@ def make_plan(
     situation = settle(pipeline_facts, device_facts, request)
     drafts = [_draft(situation, rung, estimates) for rung in _ladder(situation)]
     usable = situation.usable_bytes
-    chosen = drafts[0]
-    if usable is not None:
-        thriftiest = min(drafts, key=lambda draft: draft.estimate.needed_bytes)
-        chosen = next((draft for draft in drafts if draft.estimate.needed_bytes <= usable), thriftiest)
-    tried = [draft.summary for draft in drafts]
-    verdicts = [*chosen.verdicts, *judge_memory(situation, tried, tried[drafts.index(chosen)])]
-    verdicts.append(judge_fallback(situation, tried[drafts.index(chosen)]))
+    tried = [draft.summary(situation) for draft in drafts]
+    taken = cheapest(tried, usable)
+    chosen = drafts[tried.index(taken)]
+    verdicts = [*chosen.verdicts, *judge_memory(situation, tried, taken), judge_fallback(situation, taken)]
     return Plan(
         steps=_steps(verdicts),
         rejected=_rejected(verdicts),
@@ -128,6 +126,7 @@ def make_plan(
         before=estimates(pipeline_facts, situation.height, situation.width, request.batch_size),
         after=chosen.estimate,
         budget_bytes=usable,
+        alternatives=_alternatives(drafts, tried, usable),
         notes=_notes(situation, chosen),
     )
 
@@ -141,9 +140,29 @@ class _Draft:
     verdicts: tuple[Verdict, ...]
     estimate: MemoryEstimate
 
-    @property
-    def summary(self) -> Estimated:
-        return Estimated(rung=self.rung, needed_bytes=self.estimate.needed_bytes)
+    def summary(self, situation: Situation) -> Estimated:
+        return Estimated(
+            rung=self.rung,
+            needed_bytes=self.estimate.needed_bytes,
+            added_seconds=added_seconds(situation.pipeline, self.rung.options),
+        )
+
+
+def _alternatives(
+    drafts: Sequence[_Draft], tried: Sequence[Estimated], usable_bytes: int | None
+) -> tuple[Alternative, ...]:
+    return tuple(
+        Alternative(
+            switches=tuple(call_text(option.action, _plain(option)) for option in item.rung.options),
+            lean=item.rung.lean,
+            exact=item.exact,
+            peak_bytes=draft.estimate.peak_bytes,
+            needed_bytes=item.needed_bytes,
+            added_seconds=item.added_seconds,
+            fits=None if usable_bytes is None else item.needed_bytes <= usable_bytes,
+        )
+        for draft, item in zip(drafts, tried, strict=True)
+    )
 
 
 def _ladder(situation: Situation) -> list[Rung]:

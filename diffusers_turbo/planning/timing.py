@@ -1,0 +1,52 @@
+"""What memory switches add to a call's time: the bytes they move between host and device, at rates that were measured.
+
+Only what is moved is counted, and none of it as hidden behind computing, so that the figure is the most it adds. The
+rates are those of one host and bus; elsewhere the order of the switches holds rather than the seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..facts.pipeline import PipelineFacts
+from . import gains
+from .options import GroupOffload, ModelOffload, Options, SequentialOffload
+
+STEPS = 30
+"""Denoising steps of the call that is meant: plans are not asked for a number."""
+
+
+def added_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int = STEPS) -> float:
+    """Return the seconds that memory switches add at most to one call, whatever its batch.
+
+    >>> round(OFFLOAD_RATES["enable_model_cpu_offload"] / 1e9, 1)
+    4.9
+    """
+    whole, denoiser = facts.parameter_bytes, facts.denoiser_facts.parameter_bytes
+    return sum(
+        _moved_bytes(option, whole, denoiser, steps) / OFFLOAD_RATES[option.action]
+        for option in options
+        if option.action in OFFLOAD_RATES
+    )
+
+
+def _moved_bytes(option: Options, whole: int, denoiser: int, steps: int) -> int:
+    """Return what goes over the bus in one call, of pipelines and denoisers of so many bytes."""
+    if isinstance(option, ModelOffload):
+        return 2 * whole  # each component comes once, and goes back
+    # each layer comes at every step; host memory still holds it when it goes
+    return (whole - denoiser) + steps * denoiser
+
+
+def _rates() -> dict[str, float]:
+    measured = gains.OFFLOAD_SECONDS
+    options: tuple[Options, ...] = (ModelOffload(), GroupOffload(), SequentialOffload())
+    return {
+        option.action: _moved_bytes(option, gains.OFFLOAD_BYTES, gains.OFFLOAD_DENOISER_BYTES, gains.OFFLOAD_STEPS)
+        / (measured[option.action] - measured["none"])
+        for option in options
+    }
+
+
+OFFLOAD_RATES = _rates()
+"""Bytes a second by switch, from `gains.OFFLOAD_SECONDS`."""
