@@ -6,14 +6,16 @@ recorded gradient, another device) runs in plain PyTorch there, and the report s
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import NotSupportedError, explain_failure
+from ..errors import NotSupportedError, explain_failure, in_one_line
 from ..fused.blocks import FusedResnetBlock, FusedTransformerBlock, resnet_reasons, transformer_reasons
 from ..fused.layers import (
     STAND_IN,
@@ -27,7 +29,8 @@ from ..fused.layers import (
     channels_last,
     stand_in,
 )
-from ..kernels.base import Place, unavailable
+from ..fused.rehearsal import rehearse
+from ..kernels.base import Place, interpreting, unavailable
 from ..kernels.registry import KERNELS
 from ..planning.options import FusedKernels
 from .components import modules_of, require_plain_weights
@@ -105,8 +108,23 @@ def apply(pipe: Any, options: FusedKernels) -> Journal:
         journal.note(", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
         for reason in reasons:
             journal.note(reason)
+        if note := _compile_ahead(layers):
+            journal.note(note)
         journal.add(FusedLayers(layers, roots))
     return journal
+
+
+def _compile_ahead(layers: list[FusedForward]) -> str | None:
+    """Compile what layers on a GPU will launch, side by side; say how it went, None where none is on a GPU."""
+    if interpreting() or not torch.cuda.is_available():
+        return None
+    rehearsals = [one for layer in layers for one in layer.rehearsals()]
+    if not rehearsals:
+        return None
+    start = time.perf_counter()
+    count, failed = rehearse(rehearsals)
+    rest = f"; {len(failed)} will be at their first launch ({in_one_line(failed[0], 160)})" if failed else ""
+    return f"{count} variants of kernels compiled, or found compiled, in {time.perf_counter() - start:.1f} s{rest}"
 
 
 def _stand_ins(

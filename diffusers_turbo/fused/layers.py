@@ -6,7 +6,9 @@ before it) is asked for by keywords, which only this package's blocks and tails 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.base import Place
+from ..kernels.bias_residual import bias_residual_launch
+from ..kernels.geglu import geglu_launch
+from ..kernels.group_norm import group_norm_launch
 from ..kernels.registry import KERNELS
+from .rehearsal import Rehearsal
 
 STAND_IN = "_turbo_stand_in"
 """Where a module keeps what stands in for its forward, beside the forward itself, which hooks may wrap."""
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
 """What accelerate's and diffusers' hooks set on a module whose forward they wrap."""
+
+
+Variant = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
+"""What tells a variant from others of its kernel; arguments and options of a launch of it on a few elements."""
 
 
 @dataclass(eq=False)
@@ -44,6 +54,22 @@ class FusedForward:
     def runs_on(self, x: Tensor) -> bool:
         """Whether the kernel runs on the device of a tensor, in its dtype."""
         return (x.device.type, x.dtype) in self.places
+
+    def rehearsals(self) -> Iterator[Rehearsal]:
+        """Launches on a few elements, one of each variant that this layer's calls may need; none off its places."""
+        weight = self._weight()
+        if weight is not None and self.runs_on(weight):
+            for variant, arguments, options in self._variants(weight):
+                key = (self.kernel, weight.device, weight.dtype, *variant)
+                yield Rehearsal(key, partial(KERNELS[self.kernel].run, *arguments, **options))
+
+    def _weight(self) -> Tensor | None:
+        found: Tensor | None = getattr(self.module, "weight", None)
+        return found
+
+    def _variants(self, weight: Tensor) -> Iterator[Variant]:
+        """The variants that this layer's calls may need."""
+        raise NotImplementedError
 
     def run(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """Run the kernel, or its plain equal where it cannot take these tensors."""
@@ -69,6 +95,16 @@ class FusedGroupNorm(FusedForward):
         affine = (norm.num_groups, norm.weight, norm.bias, norm.eps)
         result: Tensor = self.run(input, *affine, silu=silu, add=add, before=before)
         return result
+
+    def _variants(self, weight: Tensor) -> Iterator[Variant]:
+        norm = self.module
+        x = _few(weight, norm.num_channels)
+        launch = group_norm_launch(norm.num_channels, 1, norm.num_groups)
+        affine = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+        yield ("split", launch.columns), (x, *affine), {"launch": replace(launch, split=True)}
+        if not self.label.startswith("vae."):  # whose groups are too large for one program
+            group = norm.num_channels // norm.num_groups
+            yield ("single", group), (x, *affine), {"launch": replace(launch, split=False)}
 
     def takes_bias_of(self, conv: Any, x: Tensor) -> bool:
         """Whether `conv` may be called on `[B, C, H, W]` without its bias, which then goes into this norm."""
@@ -129,11 +165,22 @@ class FusedLayerNorm(FusedForward):
             return F.layer_norm(input, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return self.run(input, residual, norm.weight, norm.bias, norm.eps)
 
+    def _variants(self, weight: Tensor) -> Iterator[Variant]:
+        norm, x = self.module, weight.new_zeros(1, len(weight))
+        yield (len(weight),), (x, x, norm.weight, norm.bias, norm.eps), {}
+
 
 class FusedGEGLU(FusedForward):
     """The feed-forward's projection (an adapter's too), then `value * gelu(gate)` in one pass."""
 
     kernel = "geglu"
+
+    def _weight(self) -> Tensor | None:
+        found: Tensor | None = getattr(self.module.proj, "weight", None)
+        return found
+
+    def _variants(self, weight: Tensor) -> Iterator[Variant]:
+        yield astuple(geglu_launch(len(weight) // 2)), (weight.new_zeros(1, len(weight)),), {}
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Project `[.., D]` to `[.., 2M]` and halve it to `[.., M]`."""
@@ -165,6 +212,15 @@ class FusedConv(FusedForward):
         else:
             result = self.run(without_bias(conv, input), residual, conv.bias)
         return result
+
+    def _variants(self, weight: Tensor) -> Iterator[Variant]:
+        x = _few(weight, len(weight))
+        yield astuple(bias_residual_launch(len(weight))), (x, x, self.module.bias), {}
+
+
+def _few(like: Tensor, channels: int) -> Tensor:
+    """A picture of four positions, channels innermost."""
+    return like.new_zeros(1, 2, 2, channels).movedim(-1, 1)
 
 
 def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:

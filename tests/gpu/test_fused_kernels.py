@@ -129,3 +129,30 @@ def test_moved_to_the_cpu_it_runs_plainly_and_says_so():
     pipe.to("cpu")
     assert distance(tiny.picture(pipe), on_gpu).psnr_db >= 60
     assert "it does not take torch.float32 on cpu here" in str(pipe.turbo_report())
+
+
+def variants() -> int:
+    """How many variants of our kernels Triton holds in this process."""
+    from diffusers_turbo.kernels import add_layer_norm, bias_residual, geglu, group_norm_device
+
+    held = 0
+    for module in (add_layer_norm, bias_residual, geglu, group_norm_device):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                held += sum(len(caches[0]) for caches in kernel.device_caches.values())
+    return held
+
+
+def test_the_first_picture_compiles_no_kernel(pipe):
+    pipe.enable_channels_last()
+    pipe.enable_fused_kernels()
+    try:
+        assert "variants of kernels compiled, or found compiled, in " in str(pipe.turbo_report())
+        before = variants()
+        step(pipe.unet, torch.float16)
+        if not pipe.vae.config.force_upcast:
+            decoded(pipe.vae, torch.float16)
+        assert before > 0
+        assert variants() == before
+    finally:
+        pipe.turbo_undo()
