@@ -26,10 +26,13 @@ class TiledHalf:
 
     vae: Any
     step: int
+    alone: bool = False
+    """Whether the last call's tiles were normalised each by itself, since offload moves the norms' weights."""
 
     def paint(self, network: nn.Module, inner: nn.Module | None, source: Tensor, *, decodes: bool) -> Tensor:
         """Run `network` (after `inner` when it decodes, before it otherwise) over the tiles of `source`."""
         norms = poolable(network)
+        self.alone = not norms
         # norms whose statistics change from picture to picture belong into no graph and no compiled code
         call: Callable[[Tensor], Tensor] = network._call_impl if norms else network
         parts = [part for part in ((inner, call) if decodes else (call, inner)) if part is not None]
@@ -86,6 +89,24 @@ class TiledEncode(TiledHalf):
     def __call__(self, x: Tensor) -> Tensor:
         """Encode pictures `[B, 3, H, W]` to moments `[B, 2 * C, h, w]`."""
         return self.paint(self.vae.encoder, self.vae.quant_conv, x, decodes=False)
+
+
+@dataclass
+class TilesDone:
+    """Says how the tiles of a pipeline's VAE fared; changes nothing itself."""
+
+    halves: tuple[TiledHalf, ...]
+
+    def revert(self) -> None:
+        """Nothing to put back."""
+
+    def tell(self) -> list[str]:
+        """Say where tiles did without the statistics of the whole picture."""
+        if not any(half.alone for half in self.halves):
+            return []
+        return [
+            "tiles were normalised each by itself, since offload moves the norms' weights one by one: seams may show"
+        ]
 
 
 def takes_our_tiles(vae: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..planning.options import VAESlicing, VAETiling
 from .components import component
-from .tiled_calls import TiledDecode, TiledEncode, takes_our_tiles
+from .tiled_calls import TiledDecode, TiledEncode, TilesDone, takes_our_tiles
 from .undo import Journal, journaling
 
 DEFAULT_TILE = 512
@@ -44,8 +44,10 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
             journal.set_attribute(vae, name, value)
         if takes_our_tiles(vae):
             step = _pixels_per_latent(vae)
-            journal.set_attribute(vae, "tiled_decode", TiledDecode(vae, step))
-            journal.set_attribute(vae, "_tiled_encode", TiledEncode(vae, step))
+            halves = TiledDecode(vae, step), TiledEncode(vae, step)
+            for name, half in zip(("tiled_decode", "_tiled_encode"), halves, strict=True):
+                journal.set_attribute(vae, name, half)
+            journal.add(TilesDone(halves))
         else:
             journal.note(f"diffusers' own tiles, since this is a {type(vae).__name__}")
         border = round(tile * values.get("tile_overlap_factor", overlap))

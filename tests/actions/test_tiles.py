@@ -172,7 +172,10 @@ def test_norms_whose_weights_come_and_go_keep_their_own_statistics():
     pipe.enable_group_offload(onload_device="cpu", offload_type="leaf_level")
     assert poolable(pipe.vae.decoder) == []
     offloaded = tiny.picture(pipe)
+    assert "tiles were normalised each by itself" in str(pipe.turbo_report())
     pipe.disable_offload()
+    tiny.picture(pipe)
+    assert "tiles were normalised each by itself" not in str(pipe.turbo_report())
     assert len(poolable(pipe.vae.decoder)) > 10
     assert 15 < distance(offloaded, tiny.picture(pipe)).psnr_db < 90
 
