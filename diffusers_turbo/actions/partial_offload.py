@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline
+from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
 from ..planning.residents import aligned, choose_streamed, join_neighbours, pack
 from ..planning.units import gib
@@ -23,9 +24,6 @@ from .components import denoiser_of, modules_of
 from .offload import Placement, accelerator, refuse_foreign_offload
 from .streaming import HOST, Group, Unit, Window, bring, extent, placed
 from .undo import Journal, journaling, owned, put
-
-LOOPED = ("denoiser", "controlnet")
-"""Roles of the components that are called at every step."""
 
 
 @dataclass(eq=False)
@@ -377,7 +375,7 @@ def apply(pipe: Any, options: PartialOffload) -> Journal:
     denoiser, _ = denoiser_of(pipe, tried)
     modules = modules_of(pipe)
     roles = {part.name: part.role for part in read_pipeline(pipe).components}
-    names = sorted((name for name in modules if roles.get(name) in LOOPED), key=lambda name: name == denoiser)
+    names = sorted((name for name in modules if roles.get(name) in LOOPED_ROLES), key=lambda name: name == denoiser)
     looped = {name: modules[name] for name in names}
     others = {name: module for name, module in modules.items() if name not in looped}
     with journaling() as journal:

@@ -83,7 +83,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=_COMPILES,
         second=(PartialOffload, GroupOffload),
         # diffusers 0.42 keeps the group hooks out of graphs by torch.compiler.disable, and so are ours
-        reason="group offload breaks the graph at every group, so the compiler has only fragments to work on",
+        reason="offload by groups breaks the graph at every group, so the compiler has only fragments to work on",
     ),
     Conflict(
         first=_COMPILES,

@@ -7,7 +7,7 @@ fits. Exact rungs come first: tiles are only tried when no exact rung fits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import gains
 from .options import (
@@ -15,6 +15,7 @@ from .options import (
     MemoryFallback,
     ModelOffload,
     Options,
+    PartialOffload,
     SequentialOffload,
     SlicedAttention,
     VAESlicing,
@@ -40,6 +41,18 @@ class Rung:
     def has(self, kind: type[Options]) -> bool:
         """Whether the rung has a switch of this kind."""
         return any(isinstance(option, kind) for option in self.options)
+
+    def keeping(self, resident_bytes: int, *, denoiser_leaves: bool) -> Rung:
+        """The rung with this much of the denoiser staying under partial offload."""
+        return replace(
+            self,
+            options=tuple(
+                replace(option, resident_bytes=resident_bytes, denoiser_leaves=denoiser_leaves)
+                if isinstance(option, PartialOffload)
+                else option
+                for option in self.options
+            ),
+        )
 
     @property
     def name(self) -> str:
@@ -97,7 +110,7 @@ def _offload_options(situation: Situation) -> tuple[Options, ...]:
         return ()
     streaming = situation.device.device_type == "cuda"
     group = GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming)
-    return (ModelOffload(), group, SequentialOffload())
+    return (ModelOffload(), PartialOffload(denoiser_leaves=True), group, SequentialOffload())
 
 
 def offload_trouble(situation: Situation) -> str | None:
@@ -153,6 +166,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
         VAESlicing(),
         VAETiling(tile_size=sizes[0] if sizes else None),
         ModelOffload(),
+        PartialOffload(),
         GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming),
         SequentialOffload(),
     ]
@@ -161,7 +175,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
 def _trouble(option: Options, situation: Situation) -> str | None:
     """Say why a switch is out of the question whatever the memory, None where it is not."""
     facts, vae = situation.pipeline, situation.pipeline.vae
-    if isinstance(option, (ModelOffload, GroupOffload, SequentialOffload)):
+    if isinstance(option, (ModelOffload, PartialOffload, GroupOffload, SequentialOffload)):
         return offload_trouble(situation)
     if isinstance(option, SlicedAttention):
         if facts.shape.kind != "unet":
@@ -195,6 +209,12 @@ def _why_taken(
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
+    if isinstance(option, PartialOffload):
+        meanwhile = "leave while other components work" if option.denoiser_leaves else "stay between pictures too"
+        return (
+            f"The pipeline {numbers}. {gib(int(option.resident_bytes))} of the denoiser fill the room there is and "
+            f"{meanwhile}; the rest is copied at every step. What that costs in time was not measured yet."
+        )
     seconds = f"{gains.OFFLOAD_SECONDS['none']} to {gains.OFFLOAD_SECONDS[option.action]} s"
     return f"The pipeline {numbers}. It costs time ({seconds} for 3 steps of SD1.5 at 512x512 on an H100)."
 
