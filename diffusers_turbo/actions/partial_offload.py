@@ -248,10 +248,8 @@ class PartialResidency:
         self._group_of.clear()
         self._forget()
         self.units, self.fixed = _units_of(self.looped)
-        roots = {id(root) for root in self.looped.values()}
         for unit in self.units:
-            if id(unit.module) not in roots:
-                self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+            self._hook(unit.module, UnitHook(self, self.device, unit=unit))
         self._known = self._signature()
 
     def _forget(self) -> None:
@@ -419,7 +417,8 @@ def _units_of(roots: dict[str, nn.Module]) -> tuple[list[Unit], tuple[Tensor, ..
         below = [child for child in module.children() if _tensors(child)]
         # torch's own layers reach into their children (multi-head attention), others call them
         whole = not below or type(module).__module__.startswith("torch.nn")
-        if _own(module) and whole and type(module).forward is not nn.Module.forward:
+        called = type(module).forward is not nn.Module.forward and module not in roots.values()
+        if _own(module) and whole and called:
             units.append(Unit(module, tuple(_tensors(module))))
             seen.update(module.modules())
             return

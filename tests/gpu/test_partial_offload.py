@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 import torch
 
@@ -104,12 +107,9 @@ class TestFullSize:
     def seconds(self, pipe, steps=12):
         found = []
         for _ in range(3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            self.picture(pipe, steps)
-            end.record()
-            torch.cuda.synchronize()
-            found.append(start.elapsed_time(end) / 1000)
+            start = time.perf_counter()
+            self.picture(pipe, steps)  # on the CPU at last, so that it waits
+            found.append(time.perf_counter() - start)
         return min(found)
 
     def test_peaks_and_times_go_with_the_share_that_stays(self, pipe):
@@ -132,7 +132,7 @@ class TestFullSize:
             # text encoders and the decode may be the peak; activations at 512 pixels are below 900 MiB
             assert peak <= max(peaks[0], whole * share + window + 900 * MIB)
         times = [seconds for _, _, seconds, _ in found]
-        assert all(after <= before * 1.1 for before, after in zip(times, times[1:], strict=False))
+        assert all(after <= before * 1.1 for before, after in itertools.pairwise(times))
         assert times[-1] < times[0]
 
     def test_a_plan_for_a_capped_card_runs_under_that_cap(self, pipe, name):
