@@ -138,6 +138,7 @@ class PartialResidency:
             if not self._over:
                 self._send_others()
                 self._close_window()
+                self._send_alone()  # of a forward that was interrupted
                 if self.options.denoiser_leaves:
                     self._send_denoiser()
 

@@ -160,6 +160,7 @@ def test_components_come_to_work_and_leave(device):
     working = {name: others - {name} for name, others in seen.items() if name != "unet"}
     assert set(working) == {"text_encoder", "text_encoder_2", "vae"}
     assert set().union(*working.values()) == set(), "two components were there at once"
+    assert seen["unet"] == {"unet"}
     assert not any(device.bytes_of(part) for part in parts.values()), "something stayed after the call"
     assert device.windows == []
 
@@ -173,7 +174,7 @@ def test_the_denoiser_stays_between_calls_unless_it_is_told_to_leave(device):
     assert device.windows == []
 
 
-def test_every_group_is_fetched_ahead_but_the_first_of_a_forward(monkeypatch):
+def test_every_group_is_fetched_before_it_is_entered(monkeypatch):
     """A group that enters without having been fetched makes the device wait for its copy."""
     late = []
     entering = Window.enter
@@ -264,6 +265,7 @@ def test_an_error_in_the_middle_of_a_forward(steps_before, device):
     with pytest.raises(KeyboardInterrupt):
         tiny.picture(pipe, steps=3)
     assert device.windows == []
+    assert device.bytes_of(pipe.unet) <= 100_000 * steps_before
     assert torch.equal(tiny.picture(pipe, steps=3), stock)
     handle.remove()
     pipe.disable_offload()
