@@ -300,10 +300,43 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
             )
         )
 
+    def enable_partial_offload(
+        self,
+        resident_bytes: int | str = 0,
+        pin_memory: bool = True,
+        pinned_bytes: int | str | None = None,
+        denoiser_leaves: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Exact: as much of the denoiser on the GPU as fits, the rest streamed while what is before it computes.
+
+        Of the denoiser (and ControlNets) `resident_bytes` stay; what is streamed passes through a window of two groups
+        of layers, each as large as the largest layer, which comes on top. The first step learns the order of the
+        layers, one at a time. All other components come to work and leave, one at a time.
+
+        Args:
+            resident_bytes: weights that stay for the whole denoising loop: bytes, or text such as "3GB".
+            pin_memory: keep streamed weights page-locked, which copies to a GPU beside computation need.
+            pinned_bytes: bound on that memory, by default half of what the host has free; what does not fit is streamed
+                from ordinary memory, which is slower.
+            denoiser_leaves: send what stays of the denoiser away as well while another component works: the VAE, and at
+                the next picture the text encoders.
+            device: the accelerator, by default the one there is.
+        """
+        self._enable(
+            opt.PartialOffload(
+                resident_bytes=resident_bytes,
+                pin_memory=pin_memory,
+                pinned_bytes=pinned_bytes,
+                denoiser_leaves=denoiser_leaves,
+                device=device,
+            )
+        )
+
     def disable_offload(self) -> None:
         """Switch any offload off: every weight goes back to the device it was on."""
-        for action in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
-            self._disable(action)
+        for option in (opt.ModelOffload, opt.SequentialOffload, opt.GroupOffload, opt.PartialOffload):
+            self._disable(option.action)
 
     def enable_memory_fallback(self, allow_tiling: bool = False) -> None:
         """Exact: a component that runs out of device memory makes room, one step at a time, and is called again.

@@ -51,6 +51,7 @@ ON_GPU_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "group_offload": ("enable_group_offload", {"onload_device": "cuda", "offload_type": "leaf_level"}),
     "sequential_offload": ("enable_sequential_cpu_offload", {}),
     "stream_offload": ("enable_group_offload", {"offload_type": "leaf_level", "use_stream": True}),
+    "partial_offload": ("enable_partial_offload", {"resident_bytes": "2MB"}),
     "compiled_vae": ("compile_vae", {}),
     "fused_kernels": ("enable_fused_kernels", {}),
     "cuda_graphs": ("enable_cuda_graphs", {}),

@@ -111,6 +111,7 @@ def test_copies_have_a_ledger_of_their_own(pipe, carry, switch):
 HOOKED = {
     "enable_model_cpu_offload": {"device": "cpu"},
     "enable_group_offload": {"onload_device": "cpu", "offload_type": "leaf_level"},
+    "enable_partial_offload": {"resident_bytes": 700_000, "device": "cpu"},
     "trace_unet": {},
 }
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import OutOfMemoryError, TurboError, explain_failure, in_one_line
 from ..facts.pipeline import read_pipeline
-from ..planning.options import GroupOffload, MemoryFallback, Options, SequentialOffload, VAETiling
+from ..planning.options import GroupOffload, MemoryFallback, Options, PartialOffload, SequentialOffload, VAETiling
 from ..planning.shrinking import suggest
 from .calls import COMPILED
 from .components import modules_of, networks_in
@@ -305,7 +305,7 @@ class Running:
     def _free(self) -> None:
         """Give back what no tensor needs, half-loaded groups of an offload included."""
         lever = self.ledger.top("offload")
-        hooked = lever is not None and isinstance(lever.options, (GroupOffload, SequentialOffload))
+        hooked = lever is not None and isinstance(lever.options, (PartialOffload, GroupOffload, SequentialOffload))
         if hooked and self.calls <= 1 and not vae_is_cast(self.pipe):
             with handing_over(self.ledger), self.ledger.unhooked(self.pipe):
                 pass

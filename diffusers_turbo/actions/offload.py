@@ -181,8 +181,8 @@ def apply_sequential(pipe: Any, options: SequentialOffload) -> Journal:
 
 def _by_host(pipe: Any, options: ModelOffload | SequentialOffload) -> Journal:
     tried = f"{options.action}()"
-    _refuse_foreign_offload(pipe, tried)
-    device = options.device if options.device is not None else _accelerator(tried)
+    refuse_foreign_offload(pipe, tried)
+    device = options.device if options.device is not None else accelerator(tried)
     if device != options.device and options.gpu_id is not None:
         device = torch.device(torch.device(device).type)
     with journaling() as journal:
@@ -199,9 +199,9 @@ def apply_group(pipe: Any, options: GroupOffload) -> Journal:
     together with group hooks, which hold its tensors: it is moved as a whole for the decode, and back after the call.
     """
     tried = "enable_group_offload()"
-    _refuse_foreign_offload(pipe, tried)
+    refuse_foreign_offload(pipe, tried)
     arguments = options.as_dict()
-    device = torch.device(arguments["onload_device"] or _accelerator(tried))
+    device = torch.device(arguments["onload_device"] or accelerator(tried))
     arguments["onload_device"] = device
     arguments["offload_device"] = torch.device(arguments["offload_device"])
     if options.offload_type == "block_level" and options.num_blocks_per_group is None:
@@ -238,7 +238,12 @@ def _names(names: str | tuple[str, ...] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-def _accelerator(tried: str) -> torch.device:
+def accelerator(tried: str) -> torch.device:
+    """Return the accelerator of this machine.
+
+    Raises:
+        NotSupportedError: there is none.
+    """
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         assert device is not None
@@ -250,7 +255,12 @@ def _accelerator(tried: str) -> torch.device:
     )
 
 
-def _refuse_foreign_offload(pipe: Any, tried: str) -> None:
+def refuse_foreign_offload(pipe: Any, tried: str) -> None:
+    """Refuse pipelines whose weights somebody else moves or holds.
+
+    Raises:
+        NotSupportedError: with the component and the reason.
+    """
     require_plain_weights(pipe, tried)
     for name, root in modules_of(pipe).items():
         for module in root.modules():

@@ -15,6 +15,7 @@ from .options import (
     LoadExportedUNet,
     ModelOffload,
     Options,
+    PartialOffload,
     PromptProjections,
     SequentialOffload,
     SharedGuidance,
@@ -58,7 +59,7 @@ _EXCLUSIVE_SLOTS = {
 # these modes of Inductor record CUDA graphs themselves
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _COMPILES = (CompileUNet, CompileTransformer, CompileVAE)
-_STREAMING = (GroupOffload, SequentialOffload)
+_STREAMING = (PartialOffload, GroupOffload, SequentialOffload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,9 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         first=_COMPILES,
-        second=(GroupOffload,),
-        # diffusers 0.42 keeps the group hooks out of graphs by torch.compiler.disable
-        reason="group offload breaks the graph at every group, so the compiler has only fragments to work on",
+        second=(PartialOffload, GroupOffload),
+        # diffusers 0.42 keeps the group hooks out of graphs by torch.compiler.disable, and so are ours
+        reason="offload by groups breaks the graph at every group, so the compiler has only fragments to work on",
     ),
     Conflict(
         first=_COMPILES,

@@ -7,13 +7,14 @@ fits. Exact rungs come first: tiles are only tried when no exact rung fits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .options import (
     GroupOffload,
     MemoryFallback,
     ModelOffload,
     Options,
+    PartialOffload,
     SequentialOffload,
     SlicedAttention,
     VAESlicing,
@@ -45,6 +46,29 @@ class Rung:
         return any(isinstance(option, kind) for option in self.options)
 
     @property
+    def borders(self) -> float:
+        """How many borders between tiles cross a picture, by the measure of the smallest tile; 0 without tiles."""
+        sizes = [option.tile_size for option in self.options if isinstance(option, VAETiling)]
+        return max((TILE_SIZES[-1] / size for size in sizes if size), default=0.0)
+
+    def keeping(self, resident_bytes: int, *, denoiser_leaves: bool) -> Rung:
+        """The rung with this much of the denoiser staying under partial offload."""
+        return replace(
+            self,
+            options=tuple(
+                replace(option, resident_bytes=resident_bytes, denoiser_leaves=denoiser_leaves)
+                if isinstance(option, PartialOffload)
+                else option
+                for option in self.options
+            ),
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether its switches leave the picture as it is, up to rounding."""
+        return all(option.exact for option in self.options)
+
+    @property
     def name(self) -> str:
         """The rung's switches by their methods' names."""
         return " + ".join(option.action for option in self.options) or "doing without copies of weights"
@@ -60,21 +84,22 @@ class Estimated:
 
     @property
     def exact(self) -> bool:
-        """Whether its switches leave the picture as it is, up to rounding."""
-        return all(option.exact for option in self.rung.options)
+        """Whether the rung is."""
+        return self.rung.exact
 
 
 def cheapest(tried: Sequence[Estimated], usable_bytes: int | None) -> Estimated:
     """Choose the rung that fits and adds the least time, the first of equals; a lossy one only if no exact one fits.
 
-    The thriftiest where none fits, and the first where it is not known what is usable.
+    Of lossy ones those with the largest tiles, which are nearest to the untiled picture. The thriftiest where none
+    fits, and the first where it is not known what is usable.
     """
     if usable_bytes is None:
         return tried[0]
     fitting = [item for item in tried if item.needed_bytes <= usable_bytes]
     if not fitting:
         return min(tried, key=lambda item: item.needed_bytes)
-    return min(fitting, key=lambda item: (not item.exact, item.added_seconds))
+    return min(fitting, key=lambda item: (item.rung.borders, item.added_seconds))
 
 
 def make_ladder(situation: Situation, *, attention_holds_scores: bool) -> list[Rung]:
@@ -119,7 +144,7 @@ def _offload_options(situation: Situation) -> tuple[Options, ...]:
         return ()
     streaming = situation.device.device_type == "cuda"
     group = GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming)
-    return (ModelOffload(), group, SequentialOffload())
+    return (ModelOffload(), PartialOffload(denoiser_leaves=True), group, SequentialOffload())
 
 
 def offload_trouble(situation: Situation) -> str | None:
@@ -180,6 +205,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
         VAESlicing(),
         VAETiling(tile_size=sizes[0] if sizes else None),
         ModelOffload(),
+        PartialOffload(),
         GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming),
         SequentialOffload(),
     ]
@@ -188,7 +214,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
 def _trouble(option: Options, situation: Situation) -> str | None:
     """Say why a switch is out of the question whatever the memory, None where it is not."""
     facts, vae = situation.pipeline, situation.pipeline.vae
-    if isinstance(option, (ModelOffload, GroupOffload, SequentialOffload)):
+    if isinstance(option, (ModelOffload, PartialOffload, GroupOffload, SequentialOffload)):
         return offload_trouble(situation)
     if isinstance(option, SlicedAttention):
         if facts.shape.kind != "unet":
@@ -222,8 +248,14 @@ def _why_taken(
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
-    seconds = f"{chosen.added_seconds:.1f} s to a call of {STEPS} steps at the bus rates of an H100"
-    return f"The pipeline {numbers}. Moving its weights adds up to {seconds}."
+    seconds = f"up to {chosen.added_seconds:.1f} s to a call of {STEPS} steps at the bus rates of an H100"
+    if isinstance(option, PartialOffload):
+        meanwhile = "leave while other components work" if option.denoiser_leaves else "stay between pictures too"
+        return (
+            f"The pipeline {numbers}. {gib(int(option.resident_bytes))} of the denoiser fill the room there is and "
+            f"{meanwhile}; the rest is copied at every step, which adds {seconds}, less what computing hides."
+        )
+    return f"The pipeline {numbers}. Moving its weights adds {seconds}."
 
 
 def _cheapest_without(option: Options, tried: Sequence[Estimated], chosen: Estimated) -> int:

@@ -25,6 +25,7 @@ from .options import (
     ModelOffload,
     NaiveAttention,
     Options,
+    PartialOffload,
     SDPAAttention,
     SequentialOffload,
     SlicedAttention,
@@ -32,6 +33,7 @@ from .options import (
     VAETiling,
     XFormersAttention,
 )
+from .residents import WINDOW
 from .units import MIB
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ _CHANNELS_LAST_WORKSPACE = 0.335
 _ENCODE_BYTES = 64 * MIB
 # The KL autoencoder of every Stable Diffusion, for autoencoders whose config says nothing.
 _DEFAULT_DECODER = (128, 256, 512, 512)
+
+LOOPED_ROLES = ("denoiser", "controlnet")
+"""Roles of the components that are called at every step."""
 
 _NAIVE_PROCESSORS = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "NaiveAttnProcessor")
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -264,7 +269,7 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
     weights = _weights(facts, switches, ("vae", "other"))
     if facts.vae.force_upcast and item_bytes == 2:
         # decoding casts the whole VAE to float32 first; offloaded, it is the VAE alone that grows
-        if isinstance(offload_in_force(facts, switches), (ModelOffload, type(None))):
+        if isinstance(offload_in_force(facts, switches), (ModelOffload, PartialOffload, type(None))):
             weights += part.parameter_bytes * 2 // _stored_item_bytes(part)
         item_bytes = 4
     at_once = 1 if VAESlicing in switches or facts.vae.slicing else batch_size
@@ -309,14 +314,28 @@ def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -
     copies = _cast_bytes(fused_bytes(facts, fused), facts, switches) if isinstance(fused, FusedQKV) else 0
     if offload is None:
         return sum(_scaled(part, part.parameter_bytes, facts, switches) for part in facts.components) + copies
+    if isinstance(offload, PartialOffload):
+        return _partly(facts, switches, roles, offload) + (copies if "denoiser" in roles else 0)
     working = [part for part in facts.components if part.role in roles]
     held = [_scaled(part, _onloaded_bytes(part, offload), facts, switches) for part in working]
     return max(held, default=0) + (copies if isinstance(offload, ModelOffload) and "denoiser" in roles else 0)
 
 
+def _partly(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...], offload: PartialOffload) -> int:
+    looped = [part for part in facts.components if part.role in LOOPED_ROLES]
+    whole = sum(_scaled(part, part.parameter_bytes, facts, switches) for part in looped)
+    resident_bytes = min(whole, int(offload.resident_bytes))
+    if "denoiser" in roles:
+        leaf = max((_scaled(part, part.largest_leaf_bytes, facts, switches) for part in looped), default=0)
+        return min(whole, resident_bytes + WINDOW * leaf)
+    working = [part for part in facts.components if part.role in roles]
+    held = max((_scaled(part, part.parameter_bytes, facts, switches) for part in working), default=0)
+    return held + (0 if offload.denoiser_leaves else resident_bytes)
+
+
 def offload_in_force(facts: PipelineFacts, switches: Switches) -> Options | None:
     """Return the offload in force: the switch's, else the one whose hooks are on the pipeline already."""
-    for kind in (SequentialOffload, GroupOffload, ModelOffload):
+    for kind in (SequentialOffload, GroupOffload, PartialOffload, ModelOffload):
         if kind in switches:
             return switches[kind]
     if "accelerate:AlignDevicesHook" in facts.hooks:

@@ -14,6 +14,9 @@ from .units import gib
 
 FORMAT_VERSION = 1
 
+_AS_MUCH = 1.01
+"""Up to this ratio two peaks count as the same."""
+
 _ESTIMATES = ("before", "after")
 
 
@@ -65,6 +68,14 @@ class Alternative:
     needed_bytes: int
     added_seconds: float
     fits: bool | None
+
+    def beats(self, other: Alternative) -> bool:
+        """Whether it is as exact as another way and faster in about its memory, or as fast in less."""
+        if self.exact < other.exact:
+            return False
+        if self.added_seconds < other.added_seconds:
+            return self.needed_bytes <= _AS_MUCH * other.needed_bytes
+        return self.added_seconds == other.added_seconds and self.needed_bytes < other.needed_bytes
 
     @property
     def name(self) -> str:
@@ -135,11 +146,15 @@ class Plan:
         return [*lines, *self._alternative_lines()]
 
     def _alternative_lines(self) -> list[str]:
-        """Show the ways to save memory where one of them is needed."""
+        """Show the ways to save memory where one of them is needed, but for those that another way beats."""
         if not self.alternatives or self.alternatives[0].fits is not False:
             return []
+        fitting = [item.added_seconds for item in self.alternatives if item.fits and item.exact]
         lines = ["Ways to fit (peak with margin, what moving weights adds to a call of 30 steps at most):"]
         for item in self.alternatives:
+            beaten = any(other.beats(item) for other in self.alternatives)
+            if beaten or (not item.exact and item.added_seconds >= min(fitting, default=float("inf"))):
+                continue
             fit = "fits" if item.fits else "does not fit"
             lossy = "" if item.exact else ", LOSSY"
             lines.append(f"  - {item.name}: {gib(item.needed_bytes)}, +{item.added_seconds:.1f} s, {fit}{lossy}")

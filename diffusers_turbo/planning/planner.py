@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
 from .fitting import Estimated, Rung, cheapest, judge_fallback, judge_memory, make_ladder
-from .memory import Estimates, MemoryEstimate, estimate_memory, holds_scores
-from .options import Options, SDPAAttention, SlicedAttention, XFormersAttention
+from .memory import LOOPED_ROLES, Estimates, MemoryEstimate, estimate_memory, holds_scores
+from .options import Options, PartialOffload, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Alternative, Plan, Rejected, Step, call_text
 from .request import Request, Situation, Verdict, settle
 from .speed import (
@@ -112,9 +112,14 @@ def make_plan(
             )
         )
     situation = settle(pipeline_facts, device_facts, request)
-    drafts = [_draft(situation, rung, estimates) for rung in _ladder(situation)]
     usable = situation.usable_bytes
-    tried = [draft.summary(situation) for draft in drafts]
+    drafts: list[_Draft] = []
+    tried: list[Estimated] = []
+    for rung in _ladder(situation):
+        if usable is not None and rung.has(PartialOffload) and _may_win(rung, tried, usable):
+            rung = _filled(situation, rung, estimates, usable)
+        drafts.append(_draft(situation, rung, estimates))
+        tried.append(drafts[-1].summary(situation))
     taken = cheapest(tried, usable)
     chosen = drafts[tried.index(taken)]
     verdicts = [*chosen.verdicts, *judge_memory(situation, tried, taken), judge_fallback(situation, taken)]
@@ -129,6 +134,10 @@ def make_plan(
         alternatives=_alternatives(drafts, tried, usable),
         notes=_notes(situation, chosen),
     )
+
+
+_SHARES = 64
+"""In parts of this size a plan says how much of the denoiser stays: finer than what is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +213,35 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
         [*(option for option in taken if option.slot != "attention"), *rung.options, *assumed],
     )
     return _Draft(rung=rung, tier=tier, verdicts=tuple(verdicts), estimate=estimate)
+
+
+def _may_win(rung: Rung, tried: Sequence[Estimated], usable: int) -> bool:
+    """Whether a rung that moves weights can be the cheapest, after those that were tried."""
+    fitting = [item for item in tried if item.needed_bytes <= usable]
+    return not any(item.added_seconds == 0 or (item.exact and not rung.exact) for item in fitting)
+
+
+def _filled(situation: Situation, rung: Rung, estimates: Estimates, usable: int) -> Rung:
+    """Return a rung with its partial offload keeping all that fits of the denoiser.
+
+    What stays leaves while other components work, unless it fits beside them without a higher peak.
+    """
+    whole = sum(part.parameter_bytes for part in situation.pipeline.components if part.role in LOOPED_ROLES)
+
+    def keeping(share: int, *, leaves: bool) -> tuple[Rung, int]:
+        filled = rung.keeping(whole * share // _SHARES, denoiser_leaves=leaves)
+        return filled, _draft(situation, filled, estimates).estimate.needed_bytes
+
+    fits, too_much = 0, _SHARES + 1
+    while too_much - fits > 1:
+        share = (fits + too_much) // 2
+        if keeping(share, leaves=True)[1] <= usable:
+            fits = share
+        else:
+            too_much = share
+    leaving, needed = keeping(fits, leaves=True)
+    staying, needed_staying = keeping(fits, leaves=False)
+    return staying if needed_staying <= needed else leaving
 
 
 def _attention_for_estimate(situation: Situation, dtype: str, taken: Sequence[Options]) -> list[Options]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from ..facts.pipeline import PipelineFacts
 from . import gains
-from .options import GroupOffload, ModelOffload, Options, SequentialOffload
+from .options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload
 
 STEPS = 30
 """Denoising steps of the call that is meant: plans are not asked for a number."""
@@ -24,25 +24,33 @@ def added_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int =
     """
     whole, denoiser = facts.parameter_bytes, facts.denoiser_facts.parameter_bytes
     return sum(
-        _moved_bytes(option, whole, denoiser, steps) / OFFLOAD_RATES[option.action]
+        moved / OFFLOAD_RATES[by]
         for option in options
-        if option.action in OFFLOAD_RATES
+        for by, moved in _moved_bytes(option, whole, denoiser, steps).items()
     )
 
 
-def _moved_bytes(option: Options, whole: int, denoiser: int, steps: int) -> int:
-    """Return what goes over the bus in one call, of pipelines and denoisers of so many bytes."""
+def _moved_bytes(option: Options, whole: int, denoiser: int, steps: int) -> dict[str, int]:
+    """Return what goes over the bus in one call of pipelines and denoisers of so many bytes, by the rate it goes at."""
     if isinstance(option, ModelOffload):
-        return 2 * whole  # each component comes once, and goes back
-    # each layer comes at every step; host memory still holds it when it goes
-    return (whole - denoiser) + steps * denoiser
+        return {ModelOffload.action: 2 * whole}  # each component comes once, and goes back
+    if isinstance(option, PartialOffload):
+        stays = min(int(option.resident_bytes), denoiser)
+        comes = whole - denoiser + (stays if option.denoiser_leaves else 0)
+        return {ModelOffload.action: 2 * comes, GroupOffload.action: steps * (denoiser - stays)}
+    if isinstance(option, (GroupOffload, SequentialOffload)):
+        # each layer comes at every step; host memory still holds it when it goes
+        return {option.action: (whole - denoiser) + steps * denoiser}
+    return {}
 
 
 def _rates() -> dict[str, float]:
     measured = gains.OFFLOAD_SECONDS
     options: tuple[Options, ...] = (ModelOffload(), GroupOffload(), SequentialOffload())
     return {
-        option.action: _moved_bytes(option, gains.OFFLOAD_BYTES, gains.OFFLOAD_DENOISER_BYTES, gains.OFFLOAD_STEPS)
+        option.action: sum(
+            _moved_bytes(option, gains.OFFLOAD_BYTES, gains.OFFLOAD_DENOISER_BYTES, gains.OFFLOAD_STEPS).values()
+        )
         / (measured[option.action] - measured["none"])
         for option in options
     }

@@ -18,7 +18,7 @@ from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts
 from ..planning import options as opt
-from ..planning.memory import MemoryEstimate, estimate_memory, offload_in_force
+from ..planning.memory import LOOPED_ROLES, MemoryEstimate, estimate_memory, offload_in_force
 from ..planning.options import Options
 from ..planning.request import Request, settle
 from .allocator import Allocator
@@ -202,7 +202,9 @@ class Predictor:
         whole = widens or (tiled and bool(getattr(offload, "use_stream", False)))
         if offload is not None and widens:
             weights = weights.widened("vae")  # cast where they wait
-        residency = residency_of(offload, weights, allocator, vae_as_a_whole=whole)
+        residency = residency_of(
+            offload, weights, allocator, vae_as_a_whole=whole, looped=_looped(prepared.skeleton.facts)
+        )
         assert self.workspaces is not None
         replay = Replay(allocator, self.workspaces, residency)
         call = PipelineCall(
@@ -313,6 +315,12 @@ def _matters(option: Options, stage: str) -> bool:
     if stage == "encode":
         return isinstance(option, opt.HalfPrecision)
     return stage != "denoise" or not isinstance(option, (opt.VAESlicing, opt.VAETiling))
+
+
+def _looped(facts: PipelineFacts) -> tuple[str, ...]:
+    """The components that are called at every step, the denoiser last."""
+    names = [part.name for part in facts.components if part.role in LOOPED_ROLES]
+    return tuple(sorted(names, key=lambda name: name == facts.denoiser))
 
 
 def _projected_bytes(prepared: _Prepared, picture: Picture) -> int:

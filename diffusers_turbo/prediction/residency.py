@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..planning.options import GroupOffload, ModelOffload, Options, SequentialOffload
+from ..planning.options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload
+from ..planning.residents import aligned, choose_streamed, join_neighbours, window_bytes
 from .allocator import DEFAULT_POOL, Allocator, Block
 from .recording import Entered, Event
 
@@ -248,10 +249,77 @@ class ByGroup(Residency):
             self.load(owner, self.pool)
 
 
+class ByShare(Residency):
+    """Partial offload: of the looped components some layers stay, the others pass through a window; the rest comes
+    to work and leaves. From the second picture on, when the order of the layers is known (here that of their names).
+    """
+
+    def __init__(
+        self, weights: Weights, allocator: Allocator, looped: Sequence[str], resident_bytes: int, *, leaves: bool
+    ) -> None:
+        super().__init__(weights, allocator)
+        self.looped, self.leaves = looped, leaves
+        owners = [owner for component in looped for owner in weights.owners(component)]
+        layers = [owner for owner in owners if len(weights.owners(owner)) == 1]
+        fixed = [owner for owner in owners if len(weights.owners(owner)) > 1]
+        size = {owner: sum(map(aligned, weights.sizes[owner])) for owner in owners}
+        groups = join_neighbours([size[owner] for owner in layers])
+        sizes = [sum(size[layers[index]] for index in group) for group in groups]
+        streamed = choose_streamed(sizes, max(0, resident_bytes - sum(size[owner] for owner in fixed)))
+        kept = [layers[index] for place, group in enumerate(groups) if place not in streamed for index in group]
+        self.staying = (*fixed, *kept)
+        self.window_size = window_bytes(sizes, streamed)
+        self.window: list[Block] = []
+        self.working: str | None = None
+
+    def begin(self) -> None:
+        """Put on the device what stays there between pictures."""
+        if not self.leaves:
+            self._bring(self.staying)
+
+    def enter(self, path: str) -> None:
+        """Bring a component in, after sending away what it does not work with."""
+        if path not in self.weights.order:
+            return
+        if path in self.looped:
+            self._send_working()
+            self._bring(self.staying)
+            if self.window_size and not self.window:
+                self.window = [self.allocator.allocate(self.window_size // 2, "weights") for _ in range(2)]
+        elif path != self.working:
+            self._send_working()
+            for block in self.window:
+                self.allocator.free(block)
+            self.window = []
+            if self.leaves:
+                for owner in self.staying:
+                    self.unload(owner)
+            self._bring(self.weights.owners(path))
+            self.working = path
+
+    def _send_working(self) -> None:
+        if self.working is not None:
+            for owner in self.weights.owners(self.working):
+                self.unload(owner)
+            self.working = None
+
+    def _bring(self, owners: Sequence[str]) -> None:
+        for owner in owners:
+            self.load(owner)
+
+
 def residency_of(
-    offload: Options | None, weights: Weights, allocator: Allocator, *, vae_as_a_whole: bool = False
+    offload: Options | None,
+    weights: Weights,
+    allocator: Allocator,
+    *,
+    vae_as_a_whole: bool = False,
+    looped: Sequence[str] = (),
 ) -> Residency:
-    """Return how weights come and go under an offload, None being none."""
+    """Return how weights come and go under an offload, None being none; `looped` are called at every step."""
+    if isinstance(offload, PartialOffload):
+        leaves = offload.denoiser_leaves
+        return ByShare(weights, allocator, looped, int(offload.resident_bytes), leaves=leaves)
     if isinstance(offload, ModelOffload):
         return ByModel(weights, allocator)
     if isinstance(offload, SequentialOffload):

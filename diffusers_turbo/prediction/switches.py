@@ -39,6 +39,7 @@ IN_REPLAY = (
     opt.ModelOffload,
     opt.SequentialOffload,
     opt.GroupOffload,
+    opt.PartialOffload,
     opt.CUDAGraphs,
     opt.PromptProjections,
     opt.VAEUpcastCopy,

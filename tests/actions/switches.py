@@ -137,6 +137,13 @@ SWITCHES = [
         name="enable_group_offload-leaf",
     ),
     Switch(
+        "enable_partial_offload",
+        "disable_offload",
+        _offloaded_hooks,
+        "offload",
+        {"resident_bytes": 700_000, "device": "cpu"},
+    ),
+    Switch(
         "enable_sync_free_loop",
         "disable_sync_free_loop",
         lambda pipe: isinstance(pipe.scheduler.step, LoopMethod),

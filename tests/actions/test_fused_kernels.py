@@ -128,6 +128,7 @@ OFFLOADS: dict[str, Callable[[Any], None]] = {
     "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
     "block": lambda pipe: pipe.enable_group_offload("cpu"),
     "leaf": lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level"),
+    "partial": lambda pipe: pipe.enable_partial_offload(700_000, device="cpu"),
 }
 
 

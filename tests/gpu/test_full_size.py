@@ -42,6 +42,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "model_offload": ("enable_model_cpu_offload", {}, 40),
     "group_offload": ("enable_group_offload", {"num_blocks_per_group": 1}, 40),
     "stream_offload": ("enable_group_offload", {"offload_type": "leaf_level", "use_stream": True}, 40),
+    "partial_offload": ("enable_partial_offload", {"resident_bytes": "1GB"}, 40),
+    "partial_offload of all": ("enable_partial_offload", {"resident_bytes": "60GB", "denoiser_leaves": True}, 40),
     "sequential_offload": ("enable_sequential_cpu_offload", {}, 40),
     "traced": ("trace_unet", {}, 40),
     "compiled blocks": ("compile_unet", {"regional": True}, 40),

@@ -28,6 +28,7 @@ SWITCHES = {
     "enable_model_cpu_offload": {},
     "enable_sequential_cpu_offload": {},
     "enable_group_offload": {"offload_type": "leaf_level", "use_stream": True},
+    "enable_partial_offload": {"resident_bytes": 700_000},
 }
 
 

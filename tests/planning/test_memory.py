@@ -18,6 +18,7 @@ from diffusers_turbo.planning.options import (
     GroupOffload,
     HalfPrecision,
     NaiveAttention,
+    PartialOffload,
     SDPAAttention,
     SlicedAttention,
     VAETiling,
@@ -72,6 +73,21 @@ def test_the_estimate_agrees_in_float32_too(name, side, batch_size, switches, me
 
 def _peak(switches, side=1024, batch_size=1, name="sd15", dtype="float16"):
     return estimate_memory(facts_of(name, dtype), side, side, batch_size, switches).peak_bytes
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_partial_offload_holds_what_stays_and_a_window(leaves):
+    facts = facts_of("sdxl")
+    unet = facts.denoiser_facts
+    for resident_bytes in (0, 2**30, 2**40):
+        partial = PartialOffload(resident_bytes=resident_bytes, denoiser_leaves=leaves)
+        estimate = estimate_memory(facts, 1024, 1024, 1, [SDPA, partial])
+        stays = min(resident_bytes, unet.parameter_bytes)
+        window = 2 * unet.largest_leaf_bytes
+        assert estimate.stage("denoise").weights_bytes == min(stays + window, unet.parameter_bytes)
+        model = estimate_memory(facts, 1024, 1024, 1, [SDPA, make_options("enable_model_cpu_offload")])
+        beside = 0 if leaves else stays
+        assert estimate.stage("decode").weights_bytes == model.stage("decode").weights_bytes + beside
 
 
 def test_stages_come_with_what_makes_them_up():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -125,8 +126,35 @@ def test_offload_grows_with_need_and_tiles_come_last():
     assert tight.fits
 
 
+def test_less_of_the_denoiser_stays_as_the_budget_shrinks_and_no_room_is_left_over():
+    """Between model offload, which needs all of it at once, and group offload, which keeps none of it."""
+    weights = facts_of("sdxl").denoiser_facts.parameter_bytes
+    stays = []
+    for tenths in range(16, 46, 2):
+        made = _on("H100", "sdxl", vram_budget=tenths * 2**30 // 10)
+        (step,) = (step for step in made.steps if step.action == "enable_partial_offload")
+        stays.append(step.options["resident_bytes"])
+        # a share more would not have fitted
+        assert made.after.needed_bytes <= made.budget_bytes < made.after.needed_bytes + weights / 32
+        assert "copied at every step" in step.reason
+    assert stays == sorted(stays)
+    assert max(after - before for before, after in itertools.pairwise(stays)) <= 2**30 // 5 + weights / 32
+    assert stays[-1] > 0.65 * weights
+
+
+def test_the_denoiser_leaves_only_when_that_makes_room():
+    """SDXL decodes in more room than it denoises in; latents that nobody decodes leave room for what stays."""
+    (tight,) = (step for step in _on("H100", "sdxl", vram_budget="3GB").steps if "offload" in step.action)
+    assert tight.options["denoiser_leaves"] is True
+    alone = dataclasses.replace(facts_of("sdxl"), vae=None)
+    made = plan(alone, DeviceFacts.card("H100"), vram_budget="3GB")
+    (roomy,) = (step for step in made.steps if "offload" in step.action)
+    assert roomy.action == "enable_partial_offload"
+    assert roomy.options["denoiser_leaves"] is False
+
+
 def test_group_offload_streams_leaves_and_sequential_is_the_last_resort():
-    made = _on("H100", "sdxl", vram_budget="1.5GB")
+    made = _on("H100", "sdxl", vram_budget="1.3GB")
     (group,) = [step for step in made.steps if step.action == "enable_group_offload"]
     assert group.options["offload_type"] == "leaf_level"
     assert group.options["use_stream"] is True
@@ -230,7 +258,7 @@ def test_compiling_needs_its_tools(change, text):
 
 def test_offload_that_streams_excludes_compiling():
     made = _on("H100", "sdxl", images=10_000, vram_budget="2GB")
-    assert "enable_group_offload" in _actions(made)
+    assert "enable_partial_offload" in _actions(made)
     assert "breaks the graph" in _reason(made, "compile_unet")
     old = dataclasses.replace(DeviceFacts.card("H100"), versions={"accelerate": "1.12.0"})
     model_offload = plan(facts_of("sdxl"), old, images=10_000, vram_budget="6GB")

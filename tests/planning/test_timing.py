@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from diffusers_turbo import DeviceFacts, Plan, plan
 from diffusers_turbo.planning import gains
 from diffusers_turbo.planning.fitting import Estimated, Rung, cheapest
-from diffusers_turbo.planning.options import GroupOffload, ModelOffload, SequentialOffload, VAETiling
+from diffusers_turbo.planning.options import GroupOffload, ModelOffload, PartialOffload, SequentialOffload, VAETiling
 from diffusers_turbo.planning.timing import OFFLOAD_RATES, added_seconds
 from tests.planning.architectures import facts_of
 
@@ -39,6 +41,20 @@ def test_streaming_costs_each_step_and_a_model_s_move_each_call():
     assert added_seconds(facts, []) == added_seconds(facts, [VAETiling(tile_size=512)]) == 0
 
 
+def test_what_stays_of_the_denoiser_is_not_copied_at_each_step():
+    facts = facts_of("sdxl")
+    whole = facts.denoiser_facts.parameter_bytes
+    shares = [
+        added_seconds(facts, [PartialOffload(resident_bytes=whole * eighths // 8)]) for eighths in (0, 2, 4, 6, 8)
+    ]
+    steps = {round(a - b, 3) for a, b in pairwise(shares)}
+    assert len(steps) == 1, "time grows evenly as less stays"
+    assert shares[0] == pytest.approx(added_seconds(facts, [OFFLOADS[1]]), rel=0.05)
+    assert shares[-1] < added_seconds(facts, [ModelOffload()]) / 5
+    leaves = added_seconds(facts, [PartialOffload(resident_bytes=whole, denoiser_leaves=True)])
+    assert leaves == pytest.approx(added_seconds(facts, [ModelOffload()]))
+
+
 def way(needed, seconds, *options):
     return Estimated(rung=Rung(options=options), needed_bytes=needed, added_seconds=seconds)
 
@@ -51,6 +67,10 @@ def test_the_way_that_fits_and_costs_least_is_chosen_and_exact_ones_first():
     assert cheapest(tried, 8) is fast
     assert cheapest(tried, 5) is slow
     assert cheapest([plain, fast, tiled], 5) is tiled
+    assert (
+        cheapest([plain, way(5, 3.0, VAETiling(tile_size=512)), way(3, 0.0, VAETiling(tile_size=256))], 5).added_seconds
+        == 3
+    )
     assert cheapest(tried, 3) is slow
     assert cheapest(tried, None) is plain
 
@@ -65,8 +85,9 @@ def test_a_plan_shows_the_ways_that_it_weighed():
     assert taken.peak_bytes < taken.needed_bytes
     text = tight.explain()
     assert f"  - enable_model_cpu_offload(): 5.66 GiB, +{taken.added_seconds:.1f} s, fits\n" in text
-    assert "enable_vae_tiling(tile_size=512): " in text
-    assert ", does not fit, LOSSY" in text
+    assert "  - enable_vae_tiling(tile_size=256): 5.96 GiB, +0.0 s, fits, LOSSY" in text  # the faster way
+    assert "enable_vae_tiling(tile_size=512) + enable_model_cpu_offload()" not in text  # neither smaller nor faster
+    assert "  - enable_sequential_cpu_offload()" not in text.partition("Ways to fit")[2].partition("Notes")[0]
     assert len({item.name for item in tight.alternatives}) == len(tight.alternatives)
     assert Plan.from_json(tight.to_json()) == tight
     assert roomy.alternatives[0].fits

@@ -110,6 +110,7 @@ def test_each_offload_holds_what_it_says(sd15):
             "blocks": opt.GroupOffload(num_blocks_per_group=1),
             "leaves": opt.GroupOffload(offload_type="leaf_level"),
             "stream": opt.GroupOffload(offload_type="leaf_level", use_stream=True),
+            "half": opt.PartialOffload(resident_bytes=read_pipeline(sd15.pipe).component("unet").parameter_bytes // 2),
             "sequential": opt.SequentialOffload(),
         }.items()
     }
@@ -121,7 +122,9 @@ def test_each_offload_holds_what_it_says(sd15):
     assert max(map(max, unet.block_bytes)) <= weights["blocks"] < unet.parameter_bytes / 2
     assert weights["sequential"] == weights["leaves"] <= unet.largest_leaf_bytes
     assert weights["leaves"] <= weights["stream"] <= 2 * unet.largest_leaf_bytes
-    order = ("none", "model", "blocks", "stream", "sequential")
+    half = unet.parameter_bytes // 2
+    assert half < weights["half"] <= half + 2 * unet.largest_leaf_bytes
+    order = ("none", "model", "half", "blocks", "stream", "sequential")
     sizes = [denoise[name].allocated_bytes for name in order]
     assert sizes == sorted(sizes, reverse=True)
     assert len({stage.activation_bytes for stage in denoise.values()}) <= 3  # when it peaks may shift, not what runs

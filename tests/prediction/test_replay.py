@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from diffusers_turbo.planning.options import GroupOffload, ModelOffload, SequentialOffload
+from diffusers_turbo.planning.options import GroupOffload, ModelOffload, PartialOffload, SequentialOffload
 from diffusers_turbo.planning.units import MIB
 from diffusers_turbo.prediction.allocator import Allocator
 from diffusers_turbo.prediction.recording import Convolved, Entered, Gone, Left, Made, Multiplied, Recording
@@ -68,6 +68,22 @@ CALL = (_forward("text", "text"), UNET, UNET, _forward("vae", "vae.decoder"))
 )
 def test_weights_on_the_device_under_each_offload(offload, held):
     assert _held(offload, *CALL) == held
+
+
+@pytest.mark.parametrize(
+    ("offload", "held"),
+    [
+        # nothing stays: a window of two groups, a with b and c; until the VAE is called it is still there
+        (PartialOffload(), [40, 100, 100, 100]),
+        # a and b stay, c passes
+        (PartialOffload(resident_bytes=70 * MIB), [90, 100, 100, 110]),
+        (PartialOffload(resident_bytes=10**9), [140, 140, 100, 160]),
+        (PartialOffload(resident_bytes=10**9, denoiser_leaves=True), [40, 100, 100, 100]),
+    ],
+    ids=repr,
+)
+def test_weights_on_the_device_under_partial_offload(offload, held):
+    assert _held(offload, *CALL, looped=("unet",)) == held
 
 
 def test_a_component_outside_of_the_sequence_stays_until_the_call_ends():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base import Options, is_int
+from ..units import parse_bytes
 
 OFFLOAD_TYPES = ("block_level", "leaf_level")
 
@@ -119,3 +120,28 @@ class GroupOffload(Options):
             raise self._refuse("num_blocks_per_group", "1 with use_stream=True", "set it to 1, or use_stream=False")
         if self.record_stream and not self.use_stream:
             raise self._refuse("record_stream", "use_stream=True", "set use_stream=True, or leave record_stream out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialOffload(Options):
+    """Keep as much of the denoiser on the device as `resident_bytes` allow, and stream the rest through it."""
+
+    action = "enable_partial_offload"
+    slot = "offload"
+
+    resident_bytes: int | str = 0
+    pin_memory: bool = True
+    pinned_bytes: int | str | None = None
+    denoiser_leaves: bool = False
+    device: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("resident_bytes", "pinned_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, parse_bytes(value, name=name))
+            elif not (value is None and name == "pinned_bytes") and (not is_int(value) or value < 0):
+                raise self._refuse(name, 'bytes from 0 on, or text such as "6GB"', f"give {name} as a number of bytes")
+        self._check_flags("pin_memory", "denoiser_leaves")
+        if self.pinned_bytes is not None and not self.pin_memory:
+            raise self._refuse("pinned_bytes", "pin_memory=True", "leave pinned_bytes out, or pin_memory on")

@@ -1,0 +1,439 @@
+"""As much of the denoiser on the device as fits, the rest streamed through it; every other component comes and goes.
+
+The first forward runs layer by layer and learns the order in which they work. From it follow the groups, which of them
+stay (`planning.residents`), and where the others wait: in page-locked memory as far as its budget goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..facts.host import host_memory
+from ..facts.pipeline import read_pipeline
+from ..planning.memory import LOOPED_ROLES
+from ..planning.options import PartialOffload
+from ..planning.residents import aligned, choose_streamed, join_neighbours, pack
+from ..planning.units import gib
+from .components import denoiser_of, modules_of
+from .offload import Placement, accelerator, refuse_foreign_offload
+from .streaming import HOST, Group, Unit, Window, bring, extent, placed
+from .undo import Journal, journaling, owned, put
+
+
+@dataclass(eq=False)
+class Hook:
+    """What accelerate's hooks look like to accelerate and diffusers: called before and after a module's forward."""
+
+    residency: PartialResidency
+    execution_device: torch.device
+    no_grad: bool = False
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Do nothing: the weights move when they are needed."""
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Do nothing: who takes hooks off also says where the weights go."""
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Prepare a call; the arguments go through."""
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Look at the end of a call; the output goes through."""
+        return output
+
+
+@dataclass(eq=False)
+class ComponentHook(Hook):
+    """On a component: it comes when it is called. diffusers calls this before `vae.decode` as well."""
+
+    component: str = ""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Bring the component, and its arguments."""
+        from accelerate.utils import send_to_device
+
+        self.residency.arrive(self.component)
+        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Let go of the last group, after a denoiser's call."""
+        self.residency.finish(self.component)
+        return output
+
+
+@dataclass(eq=False)
+class UnitHook(Hook):
+    """On a layer of the denoiser: its weights come when it is called, if they were not fetched before."""
+
+    unit: Unit | None = None
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Bring the layer's weights."""
+        if self.unit is not None:
+            self.residency.enter(self.unit)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Send the layer's weights away, unless they belong to a group."""
+        if self.unit is not None:
+            self.residency.leave(self.unit)
+        return output
+
+
+@dataclass(eq=False)
+class PartialResidency:
+    """Which weights of a pipeline are on the device: a change that can be reverted, and the scope of its calls.
+
+    Attributes:
+        looped: the components that are called at every step, in that order, the denoiser last.
+        others: those that come to work and leave, one at a time.
+        units: layers by module, in the order in which they were found.
+        fixed: weights of modules that have layers below them: they stay.
+        groups: what was learnt: groups in the order in which they work; None before the first forward has ended.
+        streamed: those of them that do not stay.
+    """
+
+    device: torch.device
+    options: PartialOffload
+    looped: dict[str, nn.Module]
+    others: dict[str, nn.Module]
+    units: list[Unit] = field(default_factory=list)
+    fixed: tuple[Tensor, ...] = ()
+    groups: list[Group] | None = None
+    streamed: list[Group] = field(default_factory=list)
+    pinned_bytes: int = 0
+    trouble: str = ""
+    _known: tuple[Any, ...] = ()
+    _hooked: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    _group_of: dict[Unit, Group] = field(default_factory=dict)
+    _sequence: list[Group] = field(default_factory=list)
+    _position: int = 0
+    _visits: list[Unit] = field(default_factory=list)
+    _learnt: list[str] = field(default_factory=list)
+    _alone: dict[Unit, tuple[Tensor, ...]] = field(default_factory=dict)
+    _window: Window | None = None
+    _here: bool = False
+    _working: str | None = None
+    _in_call: bool = False
+    _checked: bool = False
+    _over: bool = False
+
+    @contextmanager
+    def around_call(self, pipe: Any) -> Iterator[None]:
+        """Run a call of the pipeline; at its end only what stays of the denoiser is on the device."""
+        self._in_call, self._checked = True, False
+        try:
+            yield
+        finally:
+            self._in_call = False
+            if not self._over:
+                self._send_others()
+                self._close_window()
+                self._send_alone()  # of a forward that was interrupted
+                if self.options.denoiser_leaves:
+                    self._send_denoiser()
+
+    def revert(self) -> None:
+        """Let go of everything; `Placement` takes the hooks off and says where the weights go."""
+        self._close_window()
+        self._send_alone()
+        self._over = True
+        self.units.clear()
+        self.groups, self.streamed, self._sequence = None, [], []
+        self._group_of.clear()
+
+    def tell(self) -> list[str]:
+        """Say what stays and what is streamed, as far as it is known."""
+        if self.groups is None:
+            return []
+        streamed = sum(group.size for group in self.streamed)
+        stays = sum(group.size for group in self.groups) - streamed + self._fixed_bytes()
+        told = [f"{gib(stays)} stay on {self.device}, {gib(streamed)} are streamed in {len(self.streamed)} groups"]
+        if self.streamed and self.options.pin_memory:
+            told.append(f"{gib(self.pinned_bytes)} are page-locked" + (f": {self.trouble}" if self.trouble else ""))
+        return told
+
+    def start(self) -> None:
+        """Send everything to host memory and hang up the hooks."""
+        self._over = False
+        for module in (*self.looped.values(), *self.others.values()):
+            bring(_tensors(module), HOST)
+        for name, module in {**self.looped, **self.others}.items():
+            self._hook(module, ComponentHook(self, self.device, component=name))
+        self._begin_to_learn()
+
+    def arrive(self, component: str) -> None:
+        """Bring a component that is about to be called, and send away what it does not work with."""
+        if component not in self.looped:
+            if self._working != component:
+                self._send_others()
+                self._close_window()
+                if self.options.denoiser_leaves:
+                    self._send_denoiser()
+                bring(_tensors(self.others[component]), self.device)
+                self._working = component
+            return
+        self._send_others()
+        if self.groups is not None and component not in self._learnt:
+            self._begin_to_learn()  # a ControlNet that had no part in the first step
+        if not (self._in_call and self._checked):
+            self._look_for_changes()
+        if not self._here:
+            bring(self._resident(), self.device)
+            self._here = True
+        if self.groups is None:
+            if component in self._learnt:
+                self._forget()  # a forward that was interrupted
+            self._learnt.append(component)
+            return
+        if self.streamed and self._window is None:
+            largest = max(group.size for group in self.streamed)
+            self._window = Window(self.device, largest, min(2, len(self.streamed)))
+        if self._window is not None:
+            self._window.leave()
+            self._window.forget_changed()
+            first = next((group for group in self._sequence if self._belongs(group, component)), None)
+            if first is not None:
+                self._position = self._sequence.index(first) - 1
+                self._window.fetch(first)
+
+    def finish(self, component: str) -> None:
+        """Look back at a component's forward: the window rests, and a first one has told the order of the layers."""
+        if self._window is not None:
+            self._window.leave()
+        if self.groups is None and component == next(reversed(self.looped), None):
+            self._learn()
+
+    def enter(self, unit: Unit) -> None:
+        """Have a layer's weights on the device, and fetch the group after its own."""
+        group = self._group_of.get(unit)
+        if group is None or self._window is None:
+            if self.groups is None:
+                self._visits.append(unit)
+            self._alone[unit] = tuple(tensor.data for tensor in unit.tensors)
+            bring(unit.tensors, self.device)
+            return
+        if self._window.working is group:
+            return
+        self._window.enter(group)
+        places = range(self._position + 1, self._position + 1 + len(self._sequence))
+        count = len(self._sequence)
+        self._position = next(place % count for place in places if self._sequence[place % count] is group)
+        self._window.fetch(self._sequence[(self._position + 1) % count])
+
+    def leave(self, unit: Unit) -> None:
+        """Send a layer's weights away that belong to no group (yet)."""
+        homes = self._alone.pop(unit, ())
+        for tensor, home in zip(unit.tensors, homes, strict=False):
+            tensor.data = home
+
+    def _belongs(self, group: Group, component: str) -> bool:
+        return any(module is group.units[0].module for module in self.looped[component].modules())
+
+    # what is known of the layers
+
+    def _begin_to_learn(self) -> None:
+        self._unhook(keep=(*self.looped.values(), *self.others.values()))
+        self._close_window()
+        self._send_denoiser()
+        self.groups, self.streamed, self._sequence = None, [], []
+        self._group_of.clear()
+        self._forget()
+        self.units, self.fixed = _units_of(self.looped)
+        for unit in self.units:
+            self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+        self._known = self._signature()
+
+    def _forget(self) -> None:
+        self._send_alone()
+        self._visits.clear()
+        self._learnt.clear()
+
+    def _look_for_changes(self) -> None:
+        """Learn anew where weights have come, gone or changed their shape, such as a LoRA's."""
+        self._checked = True
+        if self._known != self._signature():
+            self._begin_to_learn()
+        here = {id(tensor) for tensor in self._resident()} if self._here else ()
+        # what somebody moved meanwhile
+        weights = (tensor for root in self.looped.values() for tensor in _tensors(root))
+        bring((tensor for tensor in weights if id(tensor) not in here and tensor.device.type != HOST.type), HOST)
+
+    def _signature(self) -> tuple[Any, ...]:
+        tensors = (tensor for root in self.looped.values() for tensor in _tensors(root))
+        return tuple((id(tensor), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
+
+    def _learn(self) -> None:
+        visited = list(dict.fromkeys(self._visits))
+        self.groups = [
+            Group(tuple(visited[index] for index in indices))
+            for indices in join_neighbours([unit.size for unit in visited])
+        ]
+        room = max(0, int(self.options.resident_bytes) - self._fixed_bytes())
+        chosen = choose_streamed([group.size for group in self.groups], room)
+        self.streamed = [self.groups[index] for index in sorted(chosen)]
+        self._group_of = {unit: group for group in self.streamed for unit in group.units}
+        passed = [group for unit in self._visits if (group := self._group_of.get(unit)) is not None]
+        self._sequence = [group for index, group in enumerate(passed) if index == 0 or group is not passed[index - 1]]
+        self._visits.clear()
+        staying = [unit.module for group in self.groups for unit in group.units if unit not in self._group_of]
+        everything = [module for module, _ in self._hooked]
+        gone = {id(module) for module in staying}
+        self._unhook(keep=tuple(module for module in everything if id(module) not in gone))
+        self._pin()
+        self._here = False  # what stays comes before the next forward
+
+    def _fixed_bytes(self) -> int:
+        return sum(aligned(extent(tensor)) for tensor in self.fixed)
+
+    def _resident(self) -> list[Tensor]:
+        groups = [group for group in self.groups or () if not any(unit in self._group_of for unit in group.units)]
+        return [*self.fixed, *(tensor for group in groups for tensor in group.tensors)]
+
+    @torch.inference_mode(False)
+    def _pin(self) -> None:
+        """Move what is streamed into page-locked memory, as far as its budget goes."""
+        self.pinned_bytes, self.trouble = 0, ""
+        if not self.options.pin_memory or not can_pin(self.device):
+            return
+        budget = self.options.pinned_bytes
+        budget = int(budget) if budget is not None else host_memory()[1] // 2
+        tensors = [tensor for group in self.streamed for tensor in group.tensors]
+        slabs = pack([aligned(extent(tensor)) for tensor in tensors], budget)
+        try:
+            buffers = [page_locked(size) for size in slabs.sizes]
+        except RuntimeError as error:
+            self.trouble = f"the system refused: {' '.join(str(error).split())}"
+            return
+        for tensor, place in zip(tensors, slabs.places, strict=True):
+            if place is not None:
+                home = placed(buffers[place[0]], place[1], tensor)
+                home.copy_(tensor.data)
+                tensor.data = home
+        self.pinned_bytes = sum(slabs.sizes)
+        if None in slabs.places:
+            self.trouble = f"the budget of {gib(budget)} holds no more"
+
+    # who goes
+
+    def _send_others(self) -> None:
+        if self._working is not None:
+            bring(_tensors(self.others[self._working]), HOST)
+            self._working = None
+
+    def _send_denoiser(self) -> None:
+        if self._here:
+            bring(self._resident(), HOST)
+            self._here = False
+
+    def _send_alone(self) -> None:
+        for unit in list(self._alone):
+            self.leave(unit)
+
+    def _close_window(self) -> None:
+        if self._window is not None:
+            self._window.close()
+            self._window = None
+
+    # hooks
+
+    def _hook(self, module: nn.Module, hook: Hook) -> None:
+        from accelerate.hooks import add_hook_to_module
+
+        for name in ("pre_forward", "post_forward"):
+            # weights move outside of compiled code
+            setattr(hook, name, torch.compiler.disable(getattr(hook, name)))  # type: ignore[no-untyped-call]
+        self._hooked.append((module, owned(module, "forward")))
+        add_hook_to_module(module, hook)
+
+    def _unhook(self, keep: tuple[nn.Module, ...]) -> None:
+        from accelerate.hooks import remove_hook_from_module
+
+        kept = {id(module) for module in keep}
+        for module, forward in self._hooked:
+            if id(module) not in kept:
+                remove_hook_from_module(module)
+                put(module, "forward", forward)
+        self._hooked = [(module, forward) for module, forward in self._hooked if id(module) in kept]
+
+
+def apply(pipe: Any, options: PartialOffload) -> Journal:
+    """Exact: keep of the denoiser what fits on the device, and stream the rest; all else comes to work and leaves."""
+    tried = f"{options.action}()"
+    refuse_foreign_offload(pipe, tried)
+    device = torch.device(options.device) if options.device is not None else accelerator(tried)
+    denoiser, _ = denoiser_of(pipe, tried)
+    modules = modules_of(pipe)
+    roles = {part.name: part.role for part in read_pipeline(pipe).components}
+    names = sorted((name for name in modules if roles.get(name) in LOOPED_ROLES), key=lambda name: name == denoiser)
+    looped = {name: modules[name] for name in names}
+    others = {name: module for name, module in modules.items() if name not in looped}
+    with journaling() as journal:
+        journal.add(Placement.of(pipe))
+        residency = PartialResidency(device, options, looped, others)
+        journal.add(residency)
+        journal.scopes.append(residency)
+        residency.start()
+        journal.note(f"up to {gib(int(options.resident_bytes))} of {', '.join(looped)} stay on {device} between steps")
+        journal.note(f"the rest is streamed; {', '.join(others) or 'nothing else'} come to work and leave")
+    return journal
+
+
+def can_pin(device: torch.device) -> bool:
+    """Whether host memory can be page-locked for a device."""
+    return device.type not in ("cpu", "mps")
+
+
+def page_locked(size: int) -> Tensor:
+    """Return bytes of page-locked host memory."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return list(dict.fromkeys([*module.parameters(), *module.buffers()]))
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _units_of(roots: dict[str, nn.Module]) -> tuple[list[Unit], tuple[Tensor, ...]]:
+    """Find the layers that work with their own weights; return them, and the weights of all other modules."""
+    units: list[Unit] = []
+    seen: set[nn.Module] = set()
+
+    def look(module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        below = [child for child in module.children() if _tensors(child)]
+        # torch's own layers reach into their children (multi-head attention), others call them
+        whole = not below or type(module).__module__.startswith("torch.nn")
+        called = type(module).forward is not nn.Module.forward and module not in roots.values()
+        if _own(module) and whole and called:
+            units.append(Unit(module, tuple(_tensors(module))))
+            seen.update(module.modules())
+            return
+        for child in module.children():
+            look(child)
+
+    for root in roots.values():
+        look(root)
+    holders: dict[Any, list[Unit]] = {}
+    for unit in units:
+        for tensor in unit.tensors:
+            holders.setdefault(tensor.data_ptr() or id(tensor), []).append(unit)
+    tied = {unit for sharing in holders.values() if len(sharing) > 1 for unit in sharing}
+    units = [unit for unit in units if unit not in tied]
+    moving = {id(tensor) for unit in units for tensor in unit.tensors}
+    fixed = [tensor for root in roots.values() for tensor in _tensors(root) if id(tensor) not in moving]
+    return units, tuple(dict.fromkeys(fixed))

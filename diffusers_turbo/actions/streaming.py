@@ -1,0 +1,193 @@
+"""Weights on their way: what moves together, and a window on the device that groups of it pass through.
+
+The window is two buffers, made once: while one group works in the first, the next is copied into the second on a stream
+of its own. Events order the two streams on the device, so that the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..planning.residents import aligned
+
+HOST = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Unit:
+    """A module that works with all of its weights at once."""
+
+    module: nn.Module
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in a buffer."""
+        return sum(aligned(extent(tensor)) for tensor in self.tensors)
+
+
+@dataclass(eq=False)
+class Group:
+    """Units that are streamed together."""
+
+    units: tuple[Unit, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights of its units."""
+        return tuple(tensor for unit in self.units for tensor in unit.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes in a buffer."""
+        return sum(unit.size for unit in self.units)
+
+
+def extent(tensor: Tensor) -> int:
+    """Return the bytes from a tensor's first element to its last, whatever its strides."""
+    if not tensor.numel():
+        return 0
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((last + 1) * tensor.element_size())
+
+
+def placed(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """Return a tensor of the shape, strides and dtype of `like` in a buffer of bytes."""
+    piece = buffer[start : start + extent(like)].view(like.dtype)
+    return piece.as_strided(like.shape, like.stride())
+
+
+@torch.inference_mode(False)
+def bring(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Move weights, keeping their objects."""
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One buffer of the window: what it holds, as it was when it was copied, and when which stream is done with it."""
+
+    buffer: Tensor
+    copied: Any = None
+    worked: Any = None
+    group: Group | None = None
+    versions: tuple[int, ...] = ()
+    views: dict[Group, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+class Window:
+    """Room on the device for the streamed group that works and the one that comes.
+
+    Args:
+        device: where they work.
+        size: bytes of the largest group.
+        count: groups on the device at a time.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, device: torch.device, size: int, count: int) -> None:
+        self.streams = torch.get_device_module(device) if device.type not in ("cpu", "mps") else None
+        self.stream = self.streams.Stream(device) if self.streams is not None else None
+        self.device = device
+        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
+        self._working: _Slot | None = None
+        self._homes: tuple[Tensor, ...] = ()
+        for slot in self._slots:
+            slot.worked = self._mark()
+
+    @property
+    def working(self) -> Group | None:
+        """The group whose weights are those on the device."""
+        return self._working.group if self._working is not None else None
+
+    @torch.inference_mode(False)
+    def enter(self, group: Group) -> None:
+        """Have a group work from the window, after the one before; fetched ahead it needs no copy."""
+        self.leave()
+        slot = self._fetched(group)
+        self._wait(slot.copied)
+        tensors = group.tensors
+        self._homes = tuple(tensor.data for tensor in tensors)
+        for tensor, view in zip(tensors, slot.views[group], strict=True):
+            tensor.data = view
+        self._working = slot
+
+    @torch.inference_mode(False)
+    def fetch(self, group: Group) -> None:
+        """Copy a group in ahead of time, beside the one that works; there already, nothing happens."""
+        if len(self._slots) > 1 or self._working is None:
+            self._fetched(group)
+
+    @torch.inference_mode(False)
+    def leave(self) -> None:
+        """Let the weights of the group that works be those in host memory again."""
+        slot, self._working = self._working, None
+        if slot is None or slot.group is None:
+            return
+        for tensor, home, view in zip(slot.group.tensors, self._homes, slot.views[slot.group], strict=True):
+            # what was put in its place meanwhile stays
+            if tensor.data_ptr() == view.data_ptr():
+                tensor.data = home
+        self._homes = ()
+        slot.worked = self._mark()
+
+    def forget_changed(self) -> None:
+        """Let go of copies of weights that were changed since."""
+        for slot in self._slots:
+            if slot.group is not None and slot.versions != _versions(slot.group):
+                slot.group = None
+
+    def close(self) -> None:
+        """Give the room back, once no copy is under way."""
+        self.leave()
+        if self.stream is not None and self.streams is not None:
+            self.stream.synchronize()
+            self.streams.current_stream(self.device).wait_stream(self.stream)
+        self._slots.clear()
+
+    def _fetched(self, group: Group) -> _Slot:
+        found = next((slot for slot in self._slots if slot.group is group), None)
+        if found is not None:
+            return found
+        free = [slot for slot in self._slots if slot is not self._working]
+        slot = next((slot for slot in free if slot.group is None), free[0])
+        if group not in slot.views:
+            slot.views[group] = _views(slot.buffer, group.tensors)
+        with self.streams.stream(self.stream) if self.streams is not None else nullcontext():
+            self._wait(slot.worked)
+            for tensor, view in zip(group.tensors, slot.views[group], strict=True):
+                view.copy_(tensor.data, non_blocking=True)
+            slot.copied = self._mark()
+        slot.group, slot.versions = group, _versions(group)
+        return slot
+
+    def _mark(self) -> Any:
+        """Return an event of the stream that is current; None where there are no streams."""
+        if self.streams is None:
+            return None
+        event = self.streams.Event()
+        event.record(self.streams.current_stream(self.device))
+        return event
+
+    def _wait(self, event: Any) -> None:
+        if self.streams is not None and event is not None:
+            self.streams.current_stream(self.device).wait_event(event)
+
+
+def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    found, start = [], 0
+    for tensor in tensors:
+        found.append(placed(buffer, start, tensor))
+        start += aligned(extent(tensor))
+    return tuple(found)
+
+
+def _versions(group: Group) -> tuple[int, ...]:
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in group.tensors)

@@ -1,0 +1,119 @@
+"""Which weights stay on the device when not all of them fit: sums over sizes, in the order in which they are used.
+
+Neighbours are joined into groups, of which the more even they are the fewer are needed to keep copies going; the
+groups that are streamed are spread evenly through the forward, so that each copy has computation to hide behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 512
+"""Bytes to which CUDA's allocator rounds what it hands out, and to which tensors in a shared buffer are aligned."""
+
+WINDOW = 2
+"""Streamed groups on the device at a time: the one that works, and the one that comes."""
+
+SLAB_BYTES = 64 * 2**20
+"""Page-locked memory is asked for in pieces of at least this size: torch rounds each up to a power of two."""
+
+
+def aligned(size: int) -> int:
+    """Round a size up to the alignment.
+
+    >>> aligned(1), aligned(512)
+    (512, 512)
+    """
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def join_neighbours(sizes: Sequence[int]) -> list[range]:
+    """Join neighbours into groups as large as the largest of them, which needs that much room anyway.
+
+    >>> join_neighbours([3, 1, 1, 1, 1])
+    [range(0, 1), range(1, 4), range(4, 5)]
+    """
+    most = max(sizes, default=0)
+    groups: list[range] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if groups and held + size <= most:
+            groups[-1] = range(groups[-1].start, index + 1)
+            held += size
+        else:
+            groups.append(range(index, index + 1))
+            held = size
+    return groups
+
+
+def choose_streamed(sizes: Sequence[int], resident_bytes: int) -> frozenset[int]:
+    """Return which groups are streamed so that the others fit into `resident_bytes`, evenly spread by bytes.
+
+    From the end: the first groups stay, behind which the first copy of a forward hides.
+
+    >>> sorted(choose_streamed([1] * 6, 4))
+    [2, 5]
+    """
+    total = sum(sizes)
+    over = total - resident_bytes
+    if over <= 0:
+        return frozenset()
+    streamed: set[int] = set()
+    passed = sent = 0
+    for index in reversed(range(len(sizes))):
+        passed += sizes[index]
+        # what should have been sent by here is over / total of what was passed
+        if sent * total < over * passed:
+            streamed.add(index)
+            sent += sizes[index]
+    # the last one chosen may have been more than was needed
+    for index in sorted(streamed, key=lambda index: -sizes[index]):
+        if sent - sizes[index] >= over:
+            streamed.remove(index)
+            sent -= sizes[index]
+    return frozenset(streamed)
+
+
+def window_bytes(sizes: Sequence[int], streamed: Collection[int]) -> int:
+    """Return the room that streamed groups pass through: for a group that works and one that comes."""
+    return min(WINDOW, len(streamed)) * max((sizes[index] for index in streamed), default=0)
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """Pieces of memory by size, and for each item which piece holds it from which byte on; None: there is no room."""
+
+    sizes: tuple[int, ...]
+    places: tuple[tuple[int, int] | None, ...]
+
+
+def pack(sizes: Sequence[int], budget_bytes: int) -> Slabs:
+    """Pack items into pieces whose sizes are powers of two and add up to no more than the budget, first come first in.
+
+    >>> pack([3, 2, 4], budget_bytes=8)
+    Slabs(sizes=(8,), places=((0, 0), (0, 3), None))
+    """
+    whole = _power_above(max(SLAB_BYTES, *sizes, 1))
+    slabs: list[int] = []
+    filled: list[int] = []
+    places: list[tuple[int, int] | None] = []
+    for size in sizes:
+        slab = next((index for index, held in enumerate(filled) if held + size <= slabs[index]), None)
+        if slab is None:
+            left = budget_bytes - sum(slabs)
+            new = min(whole, 1 << (left.bit_length() - 1) if left > 0 else 0)
+            if new < size:
+                places.append(None)
+                continue
+            slab = len(slabs)
+            slabs.append(new)
+            filled.append(0)
+        places.append((slab, filled[slab]))
+        filled[slab] += size
+    # pieces that are not full are as large as what they hold
+    return Slabs(tuple(min(slab, _power_above(held)) for slab, held in zip(slabs, filled, strict=True)), tuple(places))
+
+
+def _power_above(size: int) -> int:
+    return 1 << (size - 1).bit_length()
