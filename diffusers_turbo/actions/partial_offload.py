@@ -18,75 +18,14 @@ from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
-from ..planning.residents import aligned, choose_streamed, join_neighbours, pack
+from ..planning.residents import aligned, choose_streamed, join_neighbours
 from ..planning.units import gib
 from .components import denoiser_of, modules_of
+from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
-from .streaming import HOST, Group, Unit, Window, bring, extent, placed
+from .page_locked import can_pin, pin
+from .streaming import HOST, Group, Unit, Window, bring, extent, units_of, weights_of
 from .undo import Journal, journaling, owned, put
-
-
-@dataclass(eq=False)
-class Hook:
-    """What accelerate's hooks look like to accelerate and diffusers: called before and after a module's forward."""
-
-    residency: PartialResidency
-    execution_device: torch.device
-    no_grad: bool = False
-
-    def init_hook(self, module: nn.Module) -> nn.Module:
-        """Do nothing: the weights move when they are needed."""
-        return module
-
-    def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Do nothing: who takes hooks off also says where the weights go."""
-        return module
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Prepare a call; the arguments go through."""
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Look at the end of a call; the output goes through."""
-        return output
-
-
-@dataclass(eq=False)
-class ComponentHook(Hook):
-    """On a component: it comes when it is called. diffusers calls this before `vae.decode` as well."""
-
-    component: str = ""
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Bring the component, and its arguments."""
-        from accelerate.utils import send_to_device
-
-        self.residency.arrive(self.component)
-        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Let go of the last group, after a denoiser's call."""
-        self.residency.finish(self.component)
-        return output
-
-
-@dataclass(eq=False)
-class UnitHook(Hook):
-    """On a layer of the denoiser: its weights come when it is called, if they were not fetched before."""
-
-    unit: Unit | None = None
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Bring the layer's weights."""
-        if self.unit is not None:
-            self.residency.enter(self.unit)
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Send the layer's weights away, unless they belong to a group."""
-        if self.unit is not None:
-            self.residency.leave(self.unit)
-        return output
 
 
 @dataclass(eq=False)
@@ -116,6 +55,7 @@ class PartialResidency:
     _hooked: list[tuple[nn.Module, Any]] = field(default_factory=list)
     _group_of: dict[Unit, Group] = field(default_factory=dict)
     _sequence: list[Group] = field(default_factory=list)
+    _first_of: dict[str, Group] = field(default_factory=dict)
     _position: int = 0
     _visits: list[Unit] = field(default_factory=list)
     _learnt: list[str] = field(default_factory=list)
@@ -166,7 +106,7 @@ class PartialResidency:
         """Send everything to host memory and hang up the hooks."""
         self._over = False
         for module in (*self.looped.values(), *self.others.values()):
-            bring(_tensors(module), HOST)
+            bring(weights_of(module), HOST)
         for name, module in {**self.looped, **self.others}.items():
             self._hook(module, ComponentHook(self, self.device, component=name))
         self._begin_to_learn()
@@ -179,7 +119,7 @@ class PartialResidency:
                 self._close_window()
                 if self.options.denoiser_leaves:
                     self._send_denoiser()
-                bring(_tensors(self.others[component]), self.device)
+                bring(weights_of(self.others[component]), self.device)
                 self._working = component
             return
         self._send_others()
@@ -201,8 +141,7 @@ class PartialResidency:
         if self._window is not None:
             self._window.leave()
             self._window.forget_changed()
-            first = next((group for group in self._sequence if self._belongs(group, component)), None)
-            if first is not None:
+            if (first := self._first_of.get(component)) is not None:
                 self._position = self._sequence.index(first) - 1
                 self._window.fetch(first)
 
@@ -236,9 +175,6 @@ class PartialResidency:
         for tensor, home in zip(unit.tensors, homes, strict=False):
             tensor.data = home
 
-    def _belongs(self, group: Group, component: str) -> bool:
-        return any(module is group.units[0].module for module in self.looped[component].modules())
-
     # what is known of the layers
 
     def _begin_to_learn(self) -> None:
@@ -248,7 +184,7 @@ class PartialResidency:
         self.groups, self.streamed, self._sequence = None, [], []
         self._group_of.clear()
         self._forget()
-        self.units, self.fixed = _units_of(self.looped)
+        self.units, self.fixed = units_of(self.looped)
         for unit in self.units:
             self._hook(unit.module, UnitHook(self, self.device, unit=unit))
         self._known = self._signature()
@@ -265,11 +201,11 @@ class PartialResidency:
             self._begin_to_learn()
         here = {id(tensor) for tensor in self._resident()} if self._here else ()
         # what somebody moved meanwhile
-        weights = (tensor for root in self.looped.values() for tensor in _tensors(root))
+        weights = (tensor for root in self.looped.values() for tensor in weights_of(root))
         bring((tensor for tensor in weights if id(tensor) not in here and tensor.device.type != HOST.type), HOST)
 
     def _signature(self) -> tuple[Any, ...]:
-        tensors = (tensor for root in self.looped.values() for tensor in _tensors(root))
+        tensors = (tensor for root in self.looped.values() for tensor in weights_of(root))
         return tuple((id(tensor), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
 
     def _learn(self) -> None:
@@ -284,6 +220,12 @@ class PartialResidency:
         self._group_of = {unit: group for group in self.streamed for unit in group.units}
         passed = [group for unit in self._visits if (group := self._group_of.get(unit)) is not None]
         self._sequence = [group for index, group in enumerate(passed) if index == 0 or group is not passed[index - 1]]
+        self._first_of = {}
+        for name, root in self.looped.items():
+            inside = set(root.modules())
+            found = [unit for unit in self._visits if unit in self._group_of and unit.module in inside]
+            if found:
+                self._first_of[name] = self._group_of[found[0]]
         self._visits.clear()
         staying = [unit.module for group in self.groups for unit in group.units if unit not in self._group_of]
         everything = [module for module, _ in self._hooked]
@@ -299,35 +241,20 @@ class PartialResidency:
         groups = [group for group in self.groups or () if not any(unit in self._group_of for unit in group.units)]
         return [*self.fixed, *(tensor for group in groups for tensor in group.tensors)]
 
-    @torch.inference_mode(False)
     def _pin(self) -> None:
         """Move what is streamed into page-locked memory, as far as its budget goes."""
         self.pinned_bytes, self.trouble = 0, ""
-        if not self.options.pin_memory or not can_pin(self.device):
-            return
-        budget = self.options.pinned_bytes
-        budget = int(budget) if budget is not None else host_memory()[1] // 2
-        tensors = [tensor for group in self.streamed for tensor in group.tensors]
-        slabs = pack([aligned(extent(tensor)) for tensor in tensors], budget)
-        try:
-            buffers = [page_locked(size) for size in slabs.sizes]
-        except RuntimeError as error:
-            self.trouble = f"the system refused: {' '.join(str(error).split())}"
-            return
-        for tensor, place in zip(tensors, slabs.places, strict=True):
-            if place is not None:
-                home = placed(buffers[place[0]], place[1], tensor)
-                home.copy_(tensor.data)
-                tensor.data = home
-        self.pinned_bytes = sum(slabs.sizes)
-        if None in slabs.places:
-            self.trouble = f"the budget of {gib(budget)} holds no more"
+        if self.options.pin_memory and can_pin(self.device):
+            budget = self.options.pinned_bytes
+            budget_bytes = int(budget) if budget is not None else host_memory()[1] // 2
+            tensors = [tensor for group in self.streamed for tensor in group.tensors]
+            self.pinned_bytes, self.trouble = pin(tensors, budget_bytes)
 
     # who goes
 
     def _send_others(self) -> None:
         if self._working is not None:
-            bring(_tensors(self.others[self._working]), HOST)
+            bring(weights_of(self.others[self._working]), HOST)
             self._working = None
 
     def _send_denoiser(self) -> None:
@@ -386,54 +313,3 @@ def apply(pipe: Any, options: PartialOffload) -> Journal:
         journal.note(f"up to {gib(int(options.resident_bytes))} of {', '.join(looped)} stay on {device} between steps")
         journal.note(f"the rest is streamed; {', '.join(others) or 'nothing else'} come to work and leave")
     return journal
-
-
-def can_pin(device: torch.device) -> bool:
-    """Whether host memory can be page-locked for a device."""
-    return device.type not in ("cpu", "mps")
-
-
-def page_locked(size: int) -> Tensor:
-    """Return bytes of page-locked host memory."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return list(dict.fromkeys([*module.parameters(), *module.buffers()]))
-
-
-def _own(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-
-
-def _units_of(roots: dict[str, nn.Module]) -> tuple[list[Unit], tuple[Tensor, ...]]:
-    """Find the layers that work with their own weights; return them, and the weights of all other modules."""
-    units: list[Unit] = []
-    seen: set[nn.Module] = set()
-
-    def look(module: nn.Module) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        below = [child for child in module.children() if _tensors(child)]
-        # torch's own layers reach into their children (multi-head attention), others call them
-        whole = not below or type(module).__module__.startswith("torch.nn")
-        called = type(module).forward is not nn.Module.forward and module not in roots.values()
-        if _own(module) and whole and called:
-            units.append(Unit(module, tuple(_tensors(module))))
-            seen.update(module.modules())
-            return
-        for child in module.children():
-            look(child)
-
-    for root in roots.values():
-        look(root)
-    holders: dict[Any, list[Unit]] = {}
-    for unit in units:
-        for tensor in unit.tensors:
-            holders.setdefault(tensor.data_ptr() or id(tensor), []).append(unit)
-    tied = {unit for sharing in holders.values() if len(sharing) > 1 for unit in sharing}
-    units = [unit for unit in units if unit not in tied]
-    moving = {id(tensor) for unit in units for tensor in unit.tensors}
-    fixed = [tensor for root in roots.values() for tensor in _tensors(root) if id(tensor) not in moving]
-    return units, tuple(dict.fromkeys(fixed))

@@ -63,6 +63,48 @@ def placed(buffer: Tensor, start: int, like: Tensor) -> Tensor:
     return piece.as_strided(like.shape, like.stride())
 
 
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """Return a module's parameters and buffers, each once."""
+    return list(dict.fromkeys([*module.parameters(), *module.buffers()]))
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def units_of(roots: dict[str, nn.Module]) -> tuple[list[Unit], tuple[Tensor, ...]]:
+    """Find the layers that work with their own weights; return them, and the weights of all other modules."""
+    units: list[Unit] = []
+    seen: set[nn.Module] = set()
+
+    def look(module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        below = [child for child in module.children() if weights_of(child)]
+        # torch's own layers reach into their children (multi-head attention), others call them
+        whole = not below or type(module).__module__.startswith("torch.nn")
+        called = type(module).forward is not nn.Module.forward and module not in roots.values()
+        if _own(module) and whole and called:
+            units.append(Unit(module, tuple(weights_of(module))))
+            seen.update(module.modules())
+            return
+        for child in module.children():
+            look(child)
+
+    for root in roots.values():
+        look(root)
+    holders: dict[Any, list[Unit]] = {}
+    for unit in units:
+        for tensor in unit.tensors:
+            holders.setdefault(tensor.data_ptr() or id(tensor), []).append(unit)
+    tied = {unit for sharing in holders.values() if len(sharing) > 1 for unit in sharing}
+    units = [unit for unit in units if unit not in tied]
+    moving = {id(tensor) for unit in units for tensor in unit.tensors}
+    fixed = [tensor for root in roots.values() for tensor in weights_of(root) if id(tensor) not in moving]
+    return units, tuple(dict.fromkeys(fixed))
+
+
 @torch.inference_mode(False)
 def bring(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Move weights, keeping their objects."""

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from diffusers_turbo import TurboError, turbo
-from diffusers_turbo.actions import partial_offload
+from diffusers_turbo.actions import page_locked, partial_offload
 from diffusers_turbo.actions.ledger import ledger_of
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Window
@@ -366,14 +366,14 @@ def test_a_copy_streams_its_own_weights():
 def _pinning(monkeypatch, refuse=False):
     asked = []
 
-    def page_locked(size):
+    def allocate(size):
         if refuse:
             raise RuntimeError("CUDA error: out of memory")
         asked.append(size)
         return torch.empty(size, dtype=torch.uint8)
 
     monkeypatch.setattr(partial_offload, "can_pin", lambda device: True)
-    monkeypatch.setattr(partial_offload, "page_locked", page_locked)
+    monkeypatch.setattr(page_locked, "page_locked", allocate)
     return asked
 
 

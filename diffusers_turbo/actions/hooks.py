@@ -1,0 +1,77 @@
+"""What stands before and after the forwards of an offloaded pipeline, in the form accelerate and diffusers know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .streaming import Unit
+
+if TYPE_CHECKING:
+    from .partial_offload import PartialResidency
+
+
+@dataclass(eq=False)
+class Hook:
+    """What accelerate's hooks look like to accelerate and diffusers: called before and after a module's forward."""
+
+    residency: PartialResidency
+    execution_device: torch.device
+    no_grad: bool = False
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Do nothing: the weights move when they are needed."""
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Do nothing: who takes hooks off also says where the weights go."""
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Prepare a call; the arguments go through."""
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Look at the end of a call; the output goes through."""
+        return output
+
+
+@dataclass(eq=False)
+class ComponentHook(Hook):
+    """On a component: it comes when it is called. diffusers calls this before `vae.decode` as well."""
+
+    component: str = ""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Bring the component, and its arguments."""
+        from accelerate.utils import send_to_device
+
+        self.residency.arrive(self.component)
+        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Let go of the last group, after a denoiser's call."""
+        self.residency.finish(self.component)
+        return output
+
+
+@dataclass(eq=False)
+class UnitHook(Hook):
+    """On a layer of the denoiser: its weights come when it is called, if they were not fetched before."""
+
+    unit: Unit | None = None
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Bring the layer's weights."""
+        if self.unit is not None:
+            self.residency.enter(self.unit)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Send the layer's weights away, unless they belong to a group."""
+        if self.unit is not None:
+            self.residency.leave(self.unit)
+        return output
