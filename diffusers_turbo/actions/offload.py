@@ -20,7 +20,7 @@ from ..planning.options import GroupOffload, ModelOffload, SequentialOffload
 from .components import modules_of, require_plain_weights
 from .host import host_method
 from .ledger import Ledger
-from .undo import Journal, journaling, owned, put
+from .undo import ABSENT, Journal, journaling, owned, put
 
 MODULE_NAMES = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
 """What accelerate's and diffusers' hooks set on modules."""
@@ -102,7 +102,8 @@ class Placement:
             remove_hook_from_module(module)
         for owner, name, before in self.hooks:
             if not _holds_foreign_hook(owner):
-                put(owner, name, before)
+                # a forward that was taken back while a hook lay over it is nobody's any more
+                put(owner, name, ABSENT if getattr(before, "lifted", False) else before)
         host = torch.device("cpu") if self.stays else None
         for place in self.tensors:
             place.restore(host)

@@ -19,10 +19,14 @@ from .undo import ABSENT, owned, put
 
 @dataclass(eq=False)
 class Ahead:
-    """The forward of a module whose result was computed ahead: an input of that width is the result."""
+    """The forward of a module whose result was computed ahead: an input of that width is the result.
+
+    `lifted` says that it was taken back, wherever it may still lie under a hook of offload.
+    """
 
     module: nn.Module
     width: int
+    lifted: bool = field(default=False, kw_only=True)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return `x` if it is the result, else the module's result."""
@@ -62,9 +66,10 @@ class Forwards:
         )
 
     def lift(self) -> str | None:
-        """Give each module its own forward back."""
+        """Give each module its own forward back; what lies under a hook is told not to be put back with it."""
         left = 0
         for forward in self.laid:
+            forward.lifted = True
             if owned(forward.module, "forward") is forward:
                 put(forward.module, "forward", ABSENT)
             else:

@@ -91,15 +91,20 @@ class Estimated:
 def cheapest(tried: Sequence[Estimated], usable_bytes: int | None) -> Estimated:
     """Choose the rung that fits and adds the least time, the first of equals; a lossy one only if no exact one fits.
 
-    Of lossy ones those with the largest tiles, which are nearest to the untiled picture. The thriftiest where none
-    fits, and the first where it is not known what is usable.
+    Of lossy ones that take at most twice the least time, the one with the largest tiles: they are nearest to the
+    untiled picture. The thriftiest where none fits, and the first where it is not known what is usable.
     """
     if usable_bytes is None:
         return tried[0]
     fitting = [item for item in tried if item.needed_bytes <= usable_bytes]
     if not fitting:
         return min(tried, key=lambda item: item.needed_bytes)
-    return min(fitting, key=lambda item: (item.rung.borders, item.added_seconds))
+    among = [item for item in fitting if item.exact] or fitting
+    least = min(item.added_seconds for item in among)
+    return min(
+        (item for item in among if item.added_seconds <= 2 * least),
+        key=lambda item: (item.rung.borders, item.added_seconds),
+    )
 
 
 def make_ladder(situation: Situation, *, attention_holds_scores: bool) -> list[Rung]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotSupportedError, explain_failure
@@ -32,7 +33,7 @@ from .speed import (
     sm_text,
 )
 from .tiers import Tier, judge_tier, settle_tier
-from .timing import added_seconds
+from .timing import added_seconds, moves_weights
 from .units import gib
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def make_plan(
     drafts: list[_Draft] = []
     tried: list[Estimated] = []
     for rung in _ladder(situation):
+        if usable is not None and not rung.exact and moves_weights(rung.options) and _exact_fits(tried, usable):
+            continue  # neither as exact as what fits, nor free
         if usable is not None and rung.has(PartialOffload) and _may_win(rung, tried, usable):
             rung = _filled(situation, rung, estimates, usable)
         drafts.append(_draft(situation, rung, estimates))
@@ -138,6 +141,9 @@ def make_plan(
 
 _SHARES = 64
 """In parts of this size a plan says how much of the denoiser stays: finer than what is estimated."""
+
+_LOOKS = 10
+"""How often the estimate is asked for it at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +221,10 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
     return _Draft(rung=rung, tier=tier, verdicts=tuple(verdicts), estimate=estimate)
 
 
+def _exact_fits(tried: Sequence[Estimated], usable: int) -> bool:
+    return any(item.exact and item.needed_bytes <= usable for item in tried)
+
+
 def _may_win(rung: Rung, tried: Sequence[Estimated], usable: int) -> bool:
     """Whether a rung that moves weights can be the cheapest, after those that were tried."""
     fitting = [item for item in tried if item.needed_bytes <= usable]
@@ -232,13 +242,17 @@ def _filled(situation: Situation, rung: Rung, estimates: Estimates, usable: int)
         filled = rung.keeping(whole * share // _SHARES, denoiser_leaves=leaves)
         return filled, _draft(situation, filled, estimates).estimate.needed_bytes
 
-    fits, too_much = 0, _SHARES + 1
-    while too_much - fits > 1:
-        share = (fits + too_much) // 2
-        if keeping(share, leaves=True)[1] <= usable:
-            fits = share
-        else:
-            too_much = share
+    known = {share: keeping(share, leaves=True)[1] for share in (0, _SHARES)}
+    if known[0] > usable:
+        return rung.keeping(0, denoiser_leaves=True)
+    fits, too_much = (_SHARES, _SHARES + 1) if known[_SHARES] <= usable else (0, _SHARES)
+    while too_much - fits > 1 and len(known) < _LOOKS:
+        # what stays counts byte by byte once it decides the peak, and not before: a straight line, or the middle
+        slope = (known[too_much] - known[fits]) / (too_much - fits)
+        straight = too_much - ceil((known[too_much] - usable) / slope)
+        share = min(max(straight, fits + 1), too_much - 1) if len(known) % 2 == 0 else (fits + too_much) // 2
+        known[share] = keeping(share, leaves=True)[1]
+        fits, too_much = (share, too_much) if known[share] <= usable else (fits, share)
     leaving, needed = keeping(fits, leaves=True)
     staying, needed_staying = keeping(fits, leaves=False)
     return staying if needed_staying <= needed else leaving

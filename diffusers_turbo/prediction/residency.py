@@ -260,8 +260,9 @@ class ByShare(Residency):
         super().__init__(weights, allocator)
         self.looped, self.leaves = looped, leaves
         owners = [owner for component in looped for owner in weights.owners(component)]
-        layers = [owner for owner in owners if len(weights.owners(owner)) == 1]
-        fixed = [owner for owner in owners if len(weights.owners(owner)) > 1]
+        above = {owner[:end] for owner in owners for end in range(len(owner)) if owner[end] == "."}
+        layers = [owner for owner in owners if owner not in above]
+        fixed = [owner for owner in owners if owner in above]
         size = {owner: sum(map(aligned, weights.sizes[owner])) for owner in owners}
         groups = join_neighbours([size[owner] for owner in layers])
         sizes = [sum(size[layers[index]] for index in group) for group in groups]
