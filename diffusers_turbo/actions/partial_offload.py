@@ -18,7 +18,7 @@ from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
-from ..planning.residents import aligned, choose_streamed, join_neighbours
+from ..planning.residents import WINDOW, aligned, choose_streamed, join_neighbours
 from ..planning.units import gib
 from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
@@ -137,7 +137,7 @@ class PartialResidency:
             return
         if self.streamed and self._window is None:
             largest = max(group.size for group in self.streamed)
-            self._window = Window(self.device, largest, min(2, len(self.streamed)))
+            self._window = Window(self.device, largest, min(WINDOW, len(self.streamed)))
         if self._window is not None:
             self._window.leave()
             self._window.forget_changed()

@@ -113,11 +113,7 @@ def protocol_line(results: Results) -> str:
         _warmups(timed, job),
         f"Positive percentages are faster than {results.baseline} at the same batch size",
         _distance(results),
-        *(
-            ["GPU busy: the share of the call with a kernel or copy on the GPU, from a profile"]
-            if _profiled(timed)
-            else []
-        ),
+        *_profiled(timed),
     ]
     return "Protocol: " + ". ".join(sentences) + "."
 

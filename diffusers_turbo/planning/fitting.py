@@ -21,7 +21,7 @@ from .options import (
     VAETiling,
 )
 from .request import Situation, Verdict, leave, take
-from .timing import STEPS
+from .timing import STEPS, moves_weights
 from .units import gib
 
 TILE_SIZES = (512, 256)
@@ -219,7 +219,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
 def _trouble(option: Options, situation: Situation) -> str | None:
     """Say why a switch is out of the question whatever the memory, None where it is not."""
     facts, vae = situation.pipeline, situation.pipeline.vae
-    if isinstance(option, (ModelOffload, PartialOffload, GroupOffload, SequentialOffload)):
+    if moves_weights([option]):
         return offload_trouble(situation)
     if isinstance(option, SlicedAttention):
         if facts.shape.kind != "unet":
@@ -277,7 +277,12 @@ def _why_left(option: Options, tried: Sequence[Estimated], chosen: Estimated, us
         return f"exact=True forbids it: {option.lossy_reason}."
     before = [item for item in tried[:position] if item in with_it]
     if before:
-        needs = gib(min(item.needed_bytes for item in before))
-        return f"It is not enough: {needs} with margin of {gib(usable)} usable."
+        least = min(before, key=lambda item: item.needed_bytes)
+        if least.needed_bytes <= usable:
+            more = (
+                f"{least.added_seconds:.1f} s to a call of {STEPS} steps where the plan adds {chosen.added_seconds:.1f}"
+            )
+            return f"It would fit with {gib(least.needed_bytes)} of {gib(usable)} usable, but adds up to {more}."
+        return f"It is not enough: {gib(least.needed_bytes)} with margin of {gib(usable)} usable."
     fits = "fits" if chosen.needed_bytes <= usable else "is the thriftiest there is"
     return f"Not needed: {chosen.rung.name} {fits} with {gib(chosen.needed_bytes)} of {gib(usable)} usable."

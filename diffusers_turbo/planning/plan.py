@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import InvalidOptionError, explain_failure
 from .memory import MemoryEstimate
 from .options import ACTIONS, Options, make_options
+from .timing import STEPS
 from .units import gib
 
 FORMAT_VERSION = 1
@@ -57,7 +58,7 @@ class Alternative:
         lean: whether copies of weights and graphs, which are for speed, were done without.
         exact: whether the memory switches leave the picture as it is, up to rounding.
         peak_bytes, needed_bytes: the estimated peak, and with its margin.
-        added_seconds: what moving weights adds to a call of 30 steps, at most, at the bus rates of an H100.
+        added_seconds: what moving weights adds to a call of `timing.STEPS` steps, at most, at the bus rates of an H100.
         fits: whether it fits, None where it is not known what is usable.
     """
 
@@ -150,7 +151,7 @@ class Plan:
         if not self.alternatives or self.alternatives[0].fits is not False:
             return []
         fitting = [item.added_seconds for item in self.alternatives if item.fits and item.exact]
-        lines = ["Ways to fit (peak with margin, what moving weights adds to a call of 30 steps at most):"]
+        lines = [f"Ways to fit (peak with margin, what moving weights adds to a call of {STEPS} steps at most):"]
         for item in self.alternatives:
             beaten = any(other.beats(item) for other in self.alternatives)
             if beaten or (not item.exact and item.added_seconds >= min(fitting, default=float("inf"))):

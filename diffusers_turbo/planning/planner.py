@@ -117,11 +117,14 @@ def make_plan(
     drafts: list[_Draft] = []
     tried: list[Estimated] = []
     for rung in _ladder(situation):
-        if usable is not None and not rung.exact and moves_weights(rung.options) and _exact_fits(tried, usable):
+        fitting = [item for item in tried if usable is not None and item.needed_bytes <= usable]
+        if moves_weights(rung.options) and not rung.exact and any(item.exact for item in fitting):
             continue  # neither as exact as what fits, nor free
-        if usable is not None and rung.has(PartialOffload) and _may_win(rung, tried, usable):
-            rung = _filled(situation, rung, estimates, usable)
-        drafts.append(_draft(situation, rung, estimates))
+        free = any(item.added_seconds == 0 for item in fitting)
+        if usable is not None and rung.has(PartialOffload) and not free:
+            drafts.append(_filled(situation, rung, estimates, usable))
+        else:
+            drafts.append(_draft(situation, rung, estimates))
         tried.append(drafts[-1].summary(situation))
     taken = cheapest(tried, usable)
     chosen = drafts[tried.index(taken)]
@@ -221,41 +224,32 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
     return _Draft(rung=rung, tier=tier, verdicts=tuple(verdicts), estimate=estimate)
 
 
-def _exact_fits(tried: Sequence[Estimated], usable: int) -> bool:
-    return any(item.exact and item.needed_bytes <= usable for item in tried)
-
-
-def _may_win(rung: Rung, tried: Sequence[Estimated], usable: int) -> bool:
-    """Whether a rung that moves weights can be the cheapest, after those that were tried."""
-    fitting = [item for item in tried if item.needed_bytes <= usable]
-    return not any(item.added_seconds == 0 or (item.exact and not rung.exact) for item in fitting)
-
-
-def _filled(situation: Situation, rung: Rung, estimates: Estimates, usable: int) -> Rung:
-    """Return a rung with its partial offload keeping all that fits of the denoiser.
+def _filled(situation: Situation, rung: Rung, estimates: Estimates, usable: int) -> _Draft:
+    """Draft a rung with its partial offload keeping all that fits of the denoiser.
 
     What stays leaves while other components work, unless it fits beside them without a higher peak.
     """
     whole = sum(part.parameter_bytes for part in situation.pipeline.components if part.role in LOOPED_ROLES)
 
-    def keeping(share: int, *, leaves: bool) -> tuple[Rung, int]:
+    def keeping(share: int, *, leaves: bool) -> _Draft:
         filled = rung.keeping(whole * share // _SHARES, denoiser_leaves=leaves)
-        return filled, _draft(situation, filled, estimates).estimate.needed_bytes
+        return _draft(situation, filled, estimates)
 
-    known = {share: keeping(share, leaves=True)[1] for share in (0, _SHARES)}
-    if known[0] > usable:
-        return rung.keeping(0, denoiser_leaves=True)
-    fits, too_much = (_SHARES, _SHARES + 1) if known[_SHARES] <= usable else (0, _SHARES)
+    known = {share: keeping(share, leaves=True) for share in (0, _SHARES)}
+    needed = {share: draft.estimate.needed_bytes for share, draft in known.items()}
+    if needed[0] > usable:
+        return known[0]
+    fits, too_much = (_SHARES, _SHARES + 1) if needed[_SHARES] <= usable else (0, _SHARES)
     while too_much - fits > 1 and len(known) < _LOOKS:
         # what stays counts byte by byte once it decides the peak, and not before: a straight line, or the middle
-        slope = (known[too_much] - known[fits]) / (too_much - fits)
-        straight = too_much - ceil((known[too_much] - usable) / slope)
+        slope = (needed[too_much] - needed[fits]) / (too_much - fits)
+        straight = too_much - ceil((needed[too_much] - usable) / slope)
         share = min(max(straight, fits + 1), too_much - 1) if len(known) % 2 == 0 else (fits + too_much) // 2
-        known[share] = keeping(share, leaves=True)[1]
-        fits, too_much = (share, too_much) if known[share] <= usable else (fits, share)
-    leaving, needed = keeping(fits, leaves=True)
-    staying, needed_staying = keeping(fits, leaves=False)
-    return staying if needed_staying <= needed else leaving
+        known[share] = keeping(share, leaves=True)
+        needed[share] = known[share].estimate.needed_bytes
+        fits, too_much = (share, too_much) if needed[share] <= usable else (fits, share)
+    staying = keeping(fits, leaves=False)
+    return staying if staying.estimate.needed_bytes <= needed[fits] else known[fits]
 
 
 def _attention_for_estimate(situation: Situation, dtype: str, taken: Sequence[Options]) -> list[Options]:

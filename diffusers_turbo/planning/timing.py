@@ -32,9 +32,7 @@ def added_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int =
 
 def moves_weights(options: Iterable[Options]) -> bool:
     """Whether any of these switches moves weights during a call."""
-    return any(
-        isinstance(option, (ModelOffload, PartialOffload, GroupOffload, SequentialOffload)) for option in options
-    )
+    return any(option.slot == ModelOffload.slot for option in options)
 
 
 def _moved_bytes(option: Options, whole: int, denoiser: int, steps: int) -> dict[str, int]:

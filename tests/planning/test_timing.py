@@ -8,8 +8,9 @@ import pytest
 
 from diffusers_turbo import DeviceFacts, Plan, plan
 from diffusers_turbo.planning import gains
-from diffusers_turbo.planning.fitting import Estimated, Rung, cheapest
+from diffusers_turbo.planning.fitting import Estimated, Rung, cheapest, judge_memory
 from diffusers_turbo.planning.options import GroupOffload, ModelOffload, PartialOffload, SequentialOffload, VAETiling
+from diffusers_turbo.planning.request import Request, settle
 from diffusers_turbo.planning.timing import OFFLOAD_RATES, added_seconds
 from tests.planning.architectures import facts_of
 
@@ -91,3 +92,13 @@ def test_a_plan_shows_the_ways_that_it_weighed():
     assert Plan.from_json(tight.to_json()) == tight
     assert roomy.alternatives[0].fits
     assert "Ways to fit" not in roomy.explain()
+
+
+def test_what_would_fit_and_is_slower_is_not_said_to_be_too_large():
+    situation = settle(facts_of("sdxl"), DeviceFacts.card("RTX 3060"), Request(vram_budget=5))
+    tried = [way(10, 0.0), way(6, 2.0, ModelOffload()), way(4, 9.0, SequentialOffload()), way(5, 3.0, GroupOffload())]
+    verdicts = judge_memory(situation, tried, cheapest(tried, 5))
+    reasons = {item.options.action: item.reason for item in verdicts if not item.taken}
+    assert "It would fit with 0 MiB of 0 MiB usable, but adds up to 9.0 s" in reasons[SequentialOffload.action]
+    assert "where the plan adds 3.0" in reasons[SequentialOffload.action]
+    assert "It is not enough: " in reasons[ModelOffload.action]
