@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import OutOfMemoryError, TurboError, explain_failure, in_one_line
@@ -25,11 +25,12 @@ from ..planning.options import GroupOffload, MemoryFallback, Options, PartialOff
 from ..planning.shrinking import suggest
 from .calls import COMPILED
 from .components import modules_of, networks_in
+from .guarded_call import GuardedCall, shapes_of
 from .ledger import Ledger, Lever, open_ledger, stack_name
 from .memory_steps import Step, steps, vae_is_cast
 from .offload import handing_over
 from .out_of_memory import empty_cache, let_go, ran_out_of_memory
-from .undo import ABSENT, Journal, put
+from .undo import Journal
 
 logger = logging.getLogger("diffusers_turbo")
 
@@ -118,65 +119,6 @@ class StepsDown:
         return {**vars(self), "running": None}
 
 
-class GuardedCall:
-    """Stands over one component's call, or a VAE's method, while the pipeline runs."""
-
-    def __init__(self, running: Running, component: str, owner: nn.Module, name: str, label: str) -> None:
-        """Make the call that stands in `owner.name` for the component; `label` names it in texts."""
-        self.running, self.component, self.owner, self.name, self.label = running, component, owner, name, label
-        self.before: Any = ABSENT
-        self.inner: Callable[..., Any] = owner._call_impl
-        self.lifted = True
-        self.count = 0
-
-    def lay(self) -> None:
-        """Put it in its place."""
-        if not self.lifted:
-            return
-        self.before = vars(self.owner).get(self.name, ABSENT)
-        own = self.owner._call_impl if self.name == COMPILED else getattr(self.owner, self.name)
-        self.inner = own if self.before in (ABSENT, None) else self.before
-        self.__wrapped__ = self.inner
-        self.lifted = False
-        setattr(self.owner, self.name, self)
-
-    def lift(self) -> None:
-        """Give the place back; where another pipeline's stands over it now, let everything through."""
-        if self.lifted:
-            return
-        self.lifted = True
-        if vars(self.owner).get(self.name) is self:
-            while isinstance(self.before, GuardedCall) and self.before.lifted:
-                self.before = self.before.before
-            put(self.owner, self.name, self.before)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy that is made in the middle of a call lets everything through."""
-        return {**vars(self), "running": None, "lifted": True}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the component; when memory runs out, make room and call it again with the same inputs."""
-        if self.lifted or torch.compiler.is_compiling():
-            return self.inner(*args, **kwargs)
-        self.count += 1
-        generators = _states((args, kwargs))
-        while True:
-            seen = len(self.running.record.taken)
-            try:
-                return self.inner(*args, **kwargs)
-            except OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if not ran_out_of_memory(error):
-                    raise
-                told = in_one_line(error, 160)
-                let_go(error)
-            # out of the block, so that nothing holds the error any more
-            self.running.step_down(self, seen, told, args, kwargs)
-            for generator, state in generators:
-                generator.set_state(state)
-
-
 class Running:
     """The calls of one pipeline that run now, and the steps down during them."""
 
@@ -233,7 +175,7 @@ class Running:
         Raises:
             OutOfMemoryError: there is none.
         """
-        where = f"{guard.label}, call {guard.count}{_shapes((args, kwargs))}"
+        where = f"{guard.label}, call {guard.count}{shapes_of((args, kwargs))}"
         with _lock:
             if len(self.record.taken) != seen:
                 return  # another thread made room meanwhile
@@ -391,16 +333,6 @@ def _switch_on(pipe: Any, options: Options) -> None:
         getattr(pipe, options.action)(**options.as_dict())
     except TurboError as error:
         logger.warning("%s() made way for a step that is gone, and stays off: %s", options.action, error)
-
-
-def _states(arguments: Any) -> list[tuple[torch.Generator, Tensor]]:
-    generators = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
-    return [(generator, generator.get_state()) for generator in generators]
-
-
-def _shapes(arguments: Any) -> str:
-    shapes = [str(list(leaf.shape)) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.ndim > 1]
-    return f" on {', '.join(shapes)}" if shapes else ""
 
 
 def _usable_bytes(device: torch.device) -> int | None:
