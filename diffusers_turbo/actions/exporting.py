@@ -21,13 +21,15 @@ from ..errors import ActionFailedError, InvalidOptionError, NotSupportedError, e
 from ..exported.call import ExportedCall
 from ..exported.card import FORMAT, Card, differences, likeness_of, tensors_of
 from ..exported.machine import machine_of, reasons_against, versions
-from ..exported.package import SUFFIX, Package, Runner, read_package, write_package, writing
+from ..exported.package import SUFFIX, Package, Runner, crash_when_loaded, read_package, write_package, writing
 from ..exported.program import bounds_for, export_program
+from ..facts.host import cxx_compiler
 from ..graphs.watch import why_not_capturable
 from ..planning.options import LoadExportedUNet
 from ..trusted import reasons_not_to_trust
 from .calls import COMPILED, ScopedCallOver
 from .components import component, require_plain_weights
+from .tf32 import fp32_precision
 from .undo import Journal, journaling
 from .unet_inputs import RELATIVE_TOLERANCE, TensorsOnly, example_inputs, relative_distance
 
@@ -119,6 +121,10 @@ def export_unet(
         except Exception as error:  # torch.export, Inductor and the C++ compiler each raise their own types
             needed, do = "a UNet that torch.export and AOTInductor can compile", "see the error above this one"
             raise ActionFailedError(explain_failure(tried, in_one_line(error, 300), needed, do)) from error
+        if (died_of := crash_when_loaded(draft, inputs[0].device)) is not None:
+            found = f"code that crashes a process which loads it ({died_of}); it was compiled by {cxx_compiler()}"
+            needed, do = "a C++ compiler that goes together with this torch", "name another, as in CXX=/usr/bin/g++"
+            raise NotSupportedError(explain_failure(tried, found, needed, do))
         runner = read_package(draft, tried).load(inputs[0].device)
         worst = _distance(unet, runner, [inputs, other] if dynamic else [inputs], tried)
     size, seconds = target.stat().st_size, time.perf_counter() - began
@@ -218,7 +224,8 @@ def _distance(unet: nn.Module, runner: Runner, examples: list[tuple[Tensor, ...]
         NotSupportedError: further than rounding explains.
     """
     runner.bind(tensors_of(unet))
-    worst = max(relative_distance(unet, lambda *inputs: runner.run(inputs), each) for each in examples)
+    with fp32_precision("ieee"):  # cuDNN convolves in TF32 by itself, whose rounding would hide a fault
+        worst = max(relative_distance(unet, lambda *inputs: runner.run(inputs), each) for each in examples)
     limit = RELATIVE_TOLERANCE.get(examples[0][0].dtype, 1e-4)
     if not worst <= limit:
         found = f"code that is {worst:.1e} away from the UNet itself"

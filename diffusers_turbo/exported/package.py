@@ -10,6 +10,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -63,6 +66,24 @@ class Package:
             file.write(self.data)
             file.flush()
             return Runner(torch._C._aoti.AOTIModelPackageLoader(file.name, MODEL, True, 1, index))
+
+
+_LOADING = f"""
+import sys, torch
+if sys.argv[2] != "cpu":
+    torch.accelerator.synchronize()
+torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "{MODEL}", True, 1, -1)
+"""
+
+
+def crash_when_loaded(path: Path, device: torch.device) -> str | None:
+    """Load the code in a process of its own and return the signal it died of, None if it did not.
+
+    Code whose C++ compiler does not go together with torch's own library crashes when it is loaded, and would take
+    this process along. Errors are for the loading itself to raise.
+    """
+    done = subprocess.run([sys.executable, "-c", _LOADING, str(path), device.type], capture_output=True, check=False)
+    return signal.Signals(-done.returncode).name if done.returncode < 0 else None
 
 
 class Runner:

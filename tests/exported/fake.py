@@ -45,6 +45,7 @@ def use_fakes(monkeypatch: pytest.MonkeyPatch, unet: Any) -> None:
     skeleton = copy.deepcopy(unet)
     monkeypatch.setattr(exporting, "export_program", lambda *args, **kwargs: None)
     monkeypatch.setattr(exporting, "write_package", lambda program, card, path: write(path, card.to_json()))
+    monkeypatch.setattr(exporting, "crash_when_loaded", lambda path, device: None)
     monkeypatch.setattr(Package, "load", lambda self, device: FakeRunner(copy.deepcopy(skeleton)))
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import exporting
+from diffusers_turbo.exported import package
 from diffusers_turbo.exported.package import Package
 from tests import tiny
 from tests.exported.fake import change_card, write
@@ -103,6 +104,15 @@ def test_code_that_can_not_be_loaded(twins, monkeypatch):
     ):
         twins.ours.load_exported_unet(twins.path)
     assert twins.ours.unet._compiled_call_impl is None
+
+
+def test_code_that_crashes_when_loaded_is_not_written(twins, tmp_path, monkeypatch):
+    """In a process of its own, so that this one lives to say so."""
+    monkeypatch.setattr(exporting, "crash_when_loaded", package.crash_when_loaded)
+    monkeypatch.setattr(package, "_LOADING", "import os; os.abort()")
+    with pytest.raises(TurboError, match=r"crashes a process which loads it \(SIGABRT\).*name another, as in CXX="):
+        twins.ours.export_unet(tmp_path / "other.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["unet.pt2"]
 
 
 @pytest.mark.parametrize("path", ["unet.so", ""])
