@@ -9,16 +9,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
 from .actions.apply import apply_plan
-from .actions.ledger import open_ledger
+from .actions.ledger import close_ledger, open_ledger
 from .attention import best_memory_efficient
 from .facts.device import probe
 from .facts.pipeline import execution_device, require_pipeline
 from .mixin import TurboMixin
 from .planning.memory import estimate_memory
 from .planning.planner import plan as make_plan
+from .planning.timing import moves_weights
 from .prediction.where_tight import PredictWhereTight
 from .verification.blame import settle
 from .verification.check import Yardstick
@@ -53,6 +57,7 @@ def turbo(pipe: PipeT) -> PipeT:
 def auto_optimize(
     pipe: PipeT,
     *,
+    device: str | torch.device | None = None,
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
@@ -67,6 +72,9 @@ def auto_optimize(
 
     Args:
         pipe: any diffusers pipeline with a `unet` or `transformer`.
+        device: where it shall run, such as "cuda:1". Left out, that is where it is, or this machine's accelerator for
+            one that lies in host memory as `from_pretrained` leaves it: components move there whole, or as the plan's
+            offload brings them, so that a pipeline larger than the card needs no `.to("cuda")` that would fail.
         height, width: size of the pictures in pixels; by default the model's own.
         batch_size: pictures per call.
         images: how many pictures will be made in all; decides whether compiling pays.
@@ -85,7 +93,9 @@ def auto_optimize(
         TurboError: the plan could not be applied; the pipeline is as it was.
     """
     turbo(pipe)
-    facts = probe(execution_device(pipe))
+    there = execution_device(pipe)
+    place = _place_to_run(pipe, there) if device is None else torch.device(device)
+    facts = probe(place)
     # the allocator's rules that a prediction follows are CUDA's
     estimates = PredictWhereTight(pipe, facts, vram_budget) if facts.device_type == "cuda" else estimate_memory
     chosen = make_plan(
@@ -102,17 +112,40 @@ def auto_optimize(
         estimates=estimates,
     )
     # before anything is switched on, so that no fault of a switch can reach the reference
-    yardstick = Yardstick(pipe, make_inputs(height=height, width=width, batch_size=batch_size)) if verify else None
-    apply_plan(pipe, chosen)
+    inputs = make_inputs(height=height, width=width, batch_size=batch_size)
+    yardstick = Yardstick(pipe, inputs, device=place) if verify else None
+    ledger = open_ledger(pipe)
+    if not _same_device(place, there) and not moves_weights(step.typed_options() for step in chosen.steps):
+        ledger.bring(pipe, place)
+        chosen = replace(chosen, notes=(*chosen.notes, f"moved from {there} to {place}; turbo_undo() moves it back"))
+    try:
+        apply_plan(pipe, chosen)
+    except BaseException:
+        ledger.bring_back(pipe)
+        close_ledger(pipe)
+        raise
     verification = None
     if yardstick is not None:
         settlement = settle(pipe, chosen, yardstick)
         chosen, verification = settlement.plan, settlement.verification
         for guilty in settlement.guilty:
             logger.warning("%s: %s", guilty.step.action, guilty.reason)
-    ledger = open_ledger(pipe)
     ledger.plan, ledger.verification = chosen, verification
     return pipe
+
+
+def _place_to_run(pipe: Any, there: torch.device) -> torch.device:
+    """Return the device the pipeline computes on, or the accelerator if it just lies where it was loaded."""
+    loaded = there.type == "cpu" and pipe.device.type == "cpu" and getattr(pipe, "hf_device_map", None) is None
+    if loaded and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or there
+    return there
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two names mean one device: "cuda" is the current one of its kind."""
+    current = torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
+    return one.type == other.type and (one.index or current) == (other.index or current)
 
 
 @functools.cache

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_turbo import DeviceFacts, TurboError, auto_optimize, plan, turbo
+from diffusers_turbo import DeviceFacts, TurboError, auto_optimize, entry, plan, turbo
 from diffusers_turbo.actions.apply import apply_plan
+from diffusers_turbo.actions.ledger import ledger_of, open_ledger
 from diffusers_turbo.planning.plan import Plan, Step
 from tests import tiny
 from tests.state import differences, state_of
@@ -49,6 +50,48 @@ def test_a_step_that_fails_takes_the_others_back():
     after = state_of(pipe)
     # processors hold nothing but options: the lever below was applied anew with equal ones
     assert [change for change in differences(before, after) if "processor" not in change] == []
+
+
+class TestAPipelineInHostMemory:
+    """On a machine with an accelerator (which `meta` plays here: components that move there show it)."""
+
+    @pytest.fixture(autouse=True)
+    def card(self, monkeypatch):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(entry, "probe", lambda device: self.asked.append(device) or DeviceFacts.card("RTX 3060"))
+        self.asked = []
+
+    def test_moves_there_and_says_so(self, monkeypatch):
+        moved = []
+        pipe = tiny.sd()
+        monkeypatch.setattr(type(pipe), "to", lambda self, device: moved.append(device))
+        auto_optimize(pipe, tier="none")
+        assert self.asked == moved == [torch.device("meta")]
+        assert "moved from cpu to meta" in str(pipe.turbo_report())
+        assert ledger_of(pipe).came_from == dict.fromkeys(("vae", "text_encoder", "unet"), torch.device("cpu"))
+        pipe.turbo_undo()
+        assert ledger_of(pipe) is None
+
+    def test_moves_back(self):
+        pipe = turbo(tiny.sd())
+        stock = tiny.picture(pipe)
+        open_ledger(pipe).bring(pipe, torch.device("cpu"))
+        pipe.unet.double()  # stands for a place: what `.to` does to a component is taken back component by component
+        ledger_of(pipe).came_from["unet"] = torch.float32
+        pipe.turbo_undo()
+        assert pipe.unet.dtype == torch.float32
+        assert torch.equal(tiny.picture(pipe), stock)
+
+    def test_stays_where_it_is_asked_to(self):
+        pipe = auto_optimize(tiny.sd(), device="cpu")
+        assert self.asked == [torch.device("cpu")]
+        assert "moved" not in str(pipe.turbo_report())
+
+    def test_stays_where_it_is_if_it_lies_elsewhere(self):
+        there = torch.device("cpu")
+        assert entry._place_to_run(tiny.sd().to("meta"), there) == there
 
 
 def test_users_levers_stay_below_the_plan():

@@ -17,8 +17,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..errors import ActionFailedError, TurboError, explain_failure
 from ..planning.options import Options
+from .components import modules_of
 from .undo import LEDGER_ATTRIBUTE, Journal
 
 logger = logging.getLogger("diffusers_turbo")
@@ -71,6 +74,13 @@ class Ledger:
     left_alone: list[str] = field(default_factory=list)
     plan: Any = None
     verification: Any = None
+    came_from: dict[str, torch.device] = field(default_factory=dict)
+    """Component -> the device it was on, where a plan brought the pipeline to another one."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to undo, and nothing to say."""
+        return not (self.slots or self.plan or self.left_alone or self.came_from)
 
     def top(self, slot: str) -> Lever | None:
         """Return the lever in force in `slot`."""
@@ -121,8 +131,22 @@ class Ledger:
         self.left_alone.clear()
         for slot in sorted(self.slots, key=_depth, reverse=True):
             self.rearrange(pipe, slot, [])
+        self.bring_back(pipe)
         self.plan = self.verification = None
         return list(self.left_alone)
+
+    def bring(self, pipe: Any, device: torch.device) -> None:
+        """Move all components to `device` and remember where they were."""
+        found = {name: next(module.parameters(), None) for name, module in modules_of(pipe).items()}
+        self.came_from = {name: tensor.device for name, tensor in found.items() if tensor is not None} | self.came_from
+        pipe.to(device)
+
+    def bring_back(self, pipe: Any) -> None:
+        """Move the components back that `bring` had moved."""
+        for name, module in modules_of(pipe).items():
+            if name in self.came_from:
+                module.to(self.came_from[name])
+        self.came_from = {}
 
     def rearrange(self, pipe: Any, slot: str, wanted: list[Lever]) -> None:
         """Make `wanted` the stack of `slot`; on failure what was in force is in force again and the error goes on."""
@@ -238,5 +262,5 @@ def open_ledger(pipe: Any) -> Ledger:
 def close_ledger(pipe: Any, *, forget: bool = False) -> None:
     """Remove the ledger from the pipeline once it holds nothing any more; with `forget`, whatever it holds."""
     ledger = ledger_of(pipe)
-    if ledger is not None and (forget or not (ledger.slots or ledger.plan or ledger.left_alone)):
+    if ledger is not None and (forget or ledger.is_empty):
         object.__delattr__(pipe, LEDGER_ATTRIBUTE)

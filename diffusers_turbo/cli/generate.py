@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from ..bench.cases import Case
 from ..bench.job import Job
-from ..bench.loading import load_for
+from ..bench.loading import load_for, require_device
 from ..bench.reading import refuse
 from ..bench.running import size_of
 from ..bench.tasks import size_inputs
@@ -58,11 +59,14 @@ def generate(
         dtype=loaded,
     )
     _require_writable(out)
+    require_device(place)
     with notices.status(f"loading {name}"):
-        pipe = load_for(job, job.cases[0])
+        # a plan brings it to the device, whole or by parts
+        pipe = load_for(job if plain else replace(job, device="cpu"), job.cases[0])
         size_of(pipe, job)
         if not plain:
-            auto_optimize(pipe, height=height, width=width, images=images, vram_budget=vram, exact=exact, tier=tier)
+            wanted: dict[str, Any] = {"vram_budget": vram, "exact": exact, "tier": tier, "images": images}
+            auto_optimize(pipe, device=place, height=height, width=width, **wanted)
     written, seconds = [], []
     with progress_bar() as tell:
         for number in range(images):

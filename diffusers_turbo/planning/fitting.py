@@ -147,9 +147,19 @@ def _tile_sizes(situation: Situation) -> tuple[int, ...]:
 def _offload_options(situation: Situation) -> tuple[Options, ...]:
     if offload_trouble(situation):
         return ()
-    streaming = situation.device.device_type == "cuda"
-    group = GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming)
-    return (ModelOffload(), PartialOffload(denoiser_leaves=True), group, SequentialOffload())
+    return _offloads(situation, PartialOffload(denoiser_leaves=True, device=_named(situation)))
+
+
+def _offloads(situation: Situation, partial: PartialOffload) -> tuple[Options, ...]:
+    streaming, device = situation.device.device_type == "cuda", _named(situation)
+    group = GroupOffload(onload_device=device, offload_type="leaf_level", use_stream=streaming, non_blocking=streaming)
+    return (ModelOffload(device=device), partial, group, SequentialOffload(device=device))
+
+
+def _named(situation: Situation) -> str | None:
+    """Return the device for offload to work on, None where it is the first one, which offload takes by itself."""
+    name = situation.device.device
+    return None if name.partition(":")[2] in ("", "0") else name
 
 
 def offload_trouble(situation: Situation) -> str | None:
@@ -161,8 +171,9 @@ def offload_trouble(situation: Situation) -> str | None:
         return f"The pipeline is offloaded already ({', '.join(facts.hooks)})."
     if facts.refusals:
         return f"{'; '.join(facts.refusals)}, so its weights can't be moved freely."
-    if device.host_ram_bytes and facts.parameter_bytes > device.host_ram_bytes:
-        return f"The weights ({gib(facts.parameter_bytes)}) exceed free host memory ({gib(device.host_ram_bytes)})."
+    coming = sum(part.parameter_bytes for part in facts.components if part.devices != ("cpu",))
+    if device.host_ram_bytes and coming > device.host_ram_bytes:
+        return f"The weights ({gib(coming)}) exceed free host memory ({gib(device.host_ram_bytes)})."
     return None
 
 
@@ -204,15 +215,11 @@ def judge_fallback(situation: Situation, chosen: Estimated) -> Verdict:
 
 def _all_kinds(situation: Situation) -> list[Options]:
     sizes = _tile_sizes(situation)
-    streaming = situation.device.device_type == "cuda"
     return [
         _SLICE_ATTENTION,
         VAESlicing(),
         VAETiling(tile_size=sizes[0] if sizes else None),
-        ModelOffload(),
-        PartialOffload(),
-        GroupOffload(offload_type="leaf_level", use_stream=streaming, non_blocking=streaming),
-        SequentialOffload(),
+        *_offloads(situation, PartialOffload(device=_named(situation))),
     ]
 
 

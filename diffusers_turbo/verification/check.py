@@ -124,10 +124,10 @@ class Yardstick:
     Making one runs the reference. It keeps a copy of the untouched pipeline in host memory.
     """
 
-    def __init__(self, pipe: Any, inputs: Inputs, reference: Any = None) -> None:
-        """Run the reference: an untouched copy of `pipe`, or of the pipeline given."""
+    def __init__(self, pipe: Any, inputs: Inputs, reference: Any = None, *, device: torch.device | None = None) -> None:
+        """Run the reference: an untouched copy of `pipe`, or of the pipeline given; on `device`, or where `pipe` is."""
         self.inputs = inputs
-        self.device = execution_device(pipe)
+        self.device = device or execution_device(pipe)
         self._untouched = untouched_copy(pipe if reference is None else reference)
         self._stock: dict[tuple[torch.dtype, str | None], Distance] = {}
         twin = untouched_copy(self._untouched)

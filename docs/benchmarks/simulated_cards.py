@@ -109,7 +109,7 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from diffusers import DiffusionPipeline
 
-    from diffusers_turbo import auto_optimize, plan, probe, turbo
+    from diffusers_turbo import auto_optimize, turbo
     from diffusers_turbo.bench.schedulers import set_scheduler
 
     cuda = torch.cuda.is_available()
@@ -136,11 +136,8 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
         if given.way == OURS:
             budget = cap if cap is not None else given.budget and int(given.budget * GB)
             options: dict[str, Any] = {"height": side, "width": side, "vram_budget": budget, "exact": given.exact}
-            made = plan(pipe, probe(), **options)
-            if cuda and not any("offload" in step.action for step in made.steps):
-                pipe.to("cuda")
             pipe = auto_optimize(pipe, **options)
-            report = pipe.turbo_report().plan or made
+            report = pipe.turbo_report().plan
             row["steps"] = {step.action: dict(step.options) for step in report.steps}
             row["predicted_bytes"] = report.after.peak_bytes if report.after else None
         elif cuda:

@@ -312,9 +312,25 @@ def test_quantised_weights_are_left_as_they_are():
         assert "unet is quantised (bitsandbytes)" in _reason(made, action)
 
 
+@pytest.mark.parametrize("budget", ["6GB", "4.5GB", "1.5GB"])
+def test_offload_works_on_the_device_that_was_asked_for(budget):
+    """Left alone it would take the first."""
+    second = dataclasses.replace(DeviceFacts.card("H100"), device="cuda:1")
+    first = dataclasses.replace(DeviceFacts.card("H100"), device="cuda:0")
+    devices = []
+    for card in (first, second):
+        made = plan(facts_of("sdxl"), card, height=512, width=512, vram_budget=budget)
+        step = next(step for step in made.steps if "offload" in step.action)
+        devices.append(step.options.get("onload_device", step.options.get("device")))
+    assert devices == [None, "cuda:1"]
+
+
 def test_offload_needs_host_memory_and_no_other_offload():
     poor = dataclasses.replace(DeviceFacts.card("H100"), host_ram_bytes=2**30)
     assert "exceed free host memory" in _reason(plan(facts_of("sdxl"), poor), "enable_model_cpu_offload")
+    waiting = tuple(dataclasses.replace(part, devices=("cpu",)) for part in facts_of("sdxl").components)
+    there = dataclasses.replace(facts_of("sdxl"), components=waiting)
+    assert "exceed free host memory" not in _reason(plan(there, poor), "enable_model_cpu_offload")
     facts = facts_of("sd15")
     parts = tuple(dataclasses.replace(part, hooks=("accelerate:CpuOffload",)) for part in facts.components)
     made = plan(dataclasses.replace(facts, components=parts), DeviceFacts.card("H100"))

@@ -1,0 +1,70 @@
+"""On a GPU: full-size models under caps far below what they weigh, which the allocator enforces."""
+
+from __future__ import annotations
+
+import gc
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from diffusers_turbo import auto_optimize, turbo
+from tests import full_size
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@contextmanager
+def cap(gib: float):
+    """Let the allocator have so much in the block, and no byte more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def picture(pipe, side, steps=3):
+    return pipe("a red cat", height=side, width=side, num_inference_steps=steps, output_type="pt").images.cpu()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "gib", "exact"),
+    [
+        ("sd15", 512, 0.45, False),
+        ("sdxl", 1024, 0.75, False),
+        ("sd15", 512, 0.6, True),
+        ("sdxl", 1024, 4.2, True),
+    ],
+)
+def test_completes_and_is_faster_than_sequential_offload(name, side, gib, exact):
+    """Sequential offload is diffusers' thriftiest way; the times printed are those of steps and decode together."""
+    pipe = turbo(full_size.build(name).to("cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    with cap(gib):
+        auto_optimize(pipe, height=side, width=side, vram_budget=int(gib * 2**30), exact=exact)
+        steps = [step.action for step in pipe.turbo_report().plan.steps]
+        for _ in range(2):
+            start = time.perf_counter()
+            assert torch.isfinite(picture(pipe, side)).all()
+            seconds = time.perf_counter() - start
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    assert reserved <= gib * 2**30
+    assert any("offload" in step for step in steps)
+    assert exact is not ("enable_vae_tiling" in steps)
+    print(f"{name} under {gib} GiB by {' + '.join(steps)}: {seconds:.2f} s, {peak / 2**20:.0f} MiB allocated")
+    pipe.turbo_undo()
+    assert {str(part.device) for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {"cpu"}
+
+
+def test_a_pipeline_that_fits_goes_there_whole_and_back():
+    pipe = turbo(full_size.build("sd15").to("cpu"))
+    auto_optimize(pipe, height=512, width=512, vram_budget="8GB")
+    assert pipe.device.type == "cuda"
+    assert torch.isfinite(picture(pipe, 512)).all()
+    pipe.turbo_undo()
+    assert pipe.device.type == pipe.unet.device.type == "cpu"
