@@ -9,20 +9,14 @@ import pytest
 import torch
 
 from diffusers_turbo import auto_optimize, turbo
-from diffusers_turbo.actions.ledger import ledger_of
-from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Window
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.units import MIB
 from tests import full_size, tiny
+from tests.actions.streamed import residency_of
 from tests.state import differences, state_of
 
 pytestmark = pytest.mark.gpu
-
-
-def residency_of(pipe) -> PartialResidency:
-    journal = ledger_of(pipe).top("offload").journal
-    return next(change for change in journal.changes if isinstance(change, PartialResidency))
 
 
 def peak_bytes(work) -> int:
