@@ -40,7 +40,7 @@ def rounded(size: int) -> int:
     >>> rounded(1), rounded(1025)
     (512, 1536)
     """
-    return max(MIN_BLOCK, -(-size // MIN_BLOCK) * MIN_BLOCK)
+    return -(-(size or 1) // MIN_BLOCK) * MIN_BLOCK
 
 
 def segment_bytes(size: int) -> int:

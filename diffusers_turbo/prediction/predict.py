@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from ..attention import attention_layers
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.device import DeviceFacts
-from ..facts.pipeline import PipelineFacts
+from ..facts.pipeline import PipelineFacts, read_pipeline
 from ..planning import options as opt
 from ..planning.memory import LOOPED_ROLES, MemoryEstimate, estimate_memory, offload_in_force
 from ..planning.options import Options
@@ -150,11 +151,15 @@ class Predictor:
         """Answer as `planning.memory.estimate_memory` does, for the planner."""
         return self(height=height, width=width, batch_size=batch_size, options=options).as_estimate()
 
+    @cached_property
+    def _facts(self) -> PipelineFacts:
+        return read_pipeline(self.pipe)
+
     def _prepare(self, options: Sequence[Options]) -> _Prepared:
         assert self.device is not None
         thrown = tuple(option for option in options if not isinstance(option, (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN)))
         if thrown not in self._prepared:
-            skeleton = skeleton_of(self.pipe)
+            skeleton = skeleton_of(self.pipe, self._facts)
             already = in_force(self.pipe, ())
             told = throw(skeleton, thrown, already, self.device)
             blobs = {

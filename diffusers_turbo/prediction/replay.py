@@ -70,11 +70,9 @@ class Replay:
                 case Entered(path=path):
                     self.residency.enter(path)
                 case Left(path=path):
-                    self._look()
                     self.residency.leave(path)
                     continue
-            if self.allocator.allocated > self.peak.allocated or self.allocator.reserved > self.peak.reserved:
-                self._look()
+            self._look()
         return [blocks[key] for key in recording.kept if key in blocks]
 
     def capture(self, recording: Recording) -> None:
@@ -113,6 +111,8 @@ class Replay:
 
     def _look(self) -> None:
         memory = self.allocator
+        if memory.allocated <= self.peak.allocated and memory.reserved <= self.peak.reserved:
+            return
         now = Peak(
             allocated=memory.allocated,
             reserved=memory.reserved,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..facts.pipeline import PipelineFacts, read_pipeline
 LEFT_BEHIND = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
 """What offload hooks, traces, exports and fused kernels set on single modules. Some hold weights, which a copy would
 copy; what they do to memory is modelled, or is said not to be."""
+
+_TABLES = (dict, OrderedDict)
 
 
 @dataclass
@@ -38,13 +41,17 @@ class Skeleton:
         return {name: part for name, part in modules_of(self.pipe).items() if name not in self.left_out}
 
 
-def skeleton_of(pipe: Any) -> Skeleton:
+def skeleton_of(pipe: Any, facts: PipelineFacts | None = None) -> Skeleton:
     """Copy a pipeline's structure. No weight is read, copied or moved, and nothing of the pipeline changes.
+
+    Args:
+        pipe: a diffusers pipeline.
+        facts: what `read_pipeline` says of it, where that is known already.
 
     Raises:
         NotSupportedError: no diffusers pipeline, or one without a denoiser.
     """
-    facts = read_pipeline(pipe)
+    facts = facts or read_pipeline(pipe)
     double = object.__new__(type(pipe))
     vars(double).update({name: value for name, value in vars(pipe).items() if name != LEDGER_ATTRIBUTE})
     skeleton = Skeleton(double, facts)
@@ -76,6 +83,8 @@ def on_meta(module: nn.Module) -> nn.Module:
         done.setdefault(id(tensor), _hollow(tensor, storages))
     for part in module.modules():
         done.update({id(vars(part)[name]): None for name in LEFT_BEHIND if name in vars(part)})
+        # a dozen empty tables of hooks a module, which deepcopy would spend most of its time on
+        done.update({id(table): type(table)() for table in vars(part).values() if type(table) in _TABLES and not table})
     twin: nn.Module = copy.deepcopy(module, done)
     for part in twin.modules():
         for name in LEFT_BEHIND:
