@@ -19,6 +19,7 @@ from .actions.ledger import close_ledger, open_ledger
 from .attention import best_memory_efficient
 from .facts.device import probe
 from .facts.pipeline import execution_device, require_pipeline
+from .facts.probing import require_device
 from .mixin import TurboMixin
 from .planning.memory import estimate_memory
 from .planning.planner import plan as make_plan
@@ -90,9 +91,12 @@ def auto_optimize(
             of an fp32 copy.
 
     Raises:
+        InvalidOptionError: an argument is none, or the device is not here.
         TurboError: the plan could not be applied; the pipeline is as it was.
     """
     turbo(pipe)
+    if device is not None:
+        require_device(device)
     there = execution_device(pipe)
     place = _place_to_run(pipe, there) if device is None else torch.device(device)
     facts = probe(place)

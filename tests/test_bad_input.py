@@ -64,6 +64,8 @@ CASES = {
     "unknown card": (lambda pipe: DeviceFacts.card("RTX 3061"), r"RTX 3061.*RTX 3060"),
     "budget": (lambda pipe: auto_optimize(pipe, vram_budget="lots"), r"vram_budget.*lots"),
     "dtype": (lambda pipe: auto_optimize(pipe, dtype="int4"), r"dtype.*int4"),
+    "a device that is none": (lambda pipe: auto_optimize(pipe, device="gpu"), r"no device 'gpu'; needed: \"cpu\""),
+    "a device that is not here": (lambda pipe: auto_optimize(pipe, device="cuda:99"), r"using cuda:99: found"),
 }
 
 

@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from ..entry import auto_optimize, turbo
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure, in_one_line
+from ..facts.probing import require_device
 from .cases import Case
 from .job import ARCHITECTURE, Job
 from .peers import PEERS
@@ -88,28 +89,6 @@ def apply_case(pipe: Any, case: Case, job: Job) -> Any:
     if case.peer is not None:
         PEERS[case.peer].apply(pipe)
     return pipe
-
-
-def require_device(device: str) -> None:
-    """Refuse a device that is not here.
-
-    Raises:
-        InvalidOptionError: no such device, or torch was built without it.
-    """
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        found = f"no device {device!r}"
-        raise InvalidOptionError(
-            explain_failure(f"using {device}", found, '"cpu", "cuda", "cuda:1" or "mps"', "correct it")
-        ) from error
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(place.type, False):
-        found = f"no {place.type} device that torch {torch.__version__} can use"
-        raise InvalidOptionError(explain_failure(f"using {device}", found, "one", "choose --device cpu"))
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        found, needed = f"{torch.cuda.device_count()} of them, counted from cuda:0", "one that is here"
-        raise InvalidOptionError(explain_failure(f"using {device}", found, needed, "choose a lower number"))
 
 
 def default_device() -> str:

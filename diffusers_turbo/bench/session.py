@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from ..errors import InvalidOptionError, TurboError, in_one_line
+from ..facts.probing import require_device
 from ..verification.check import Yardstick
 from ..verification.inputs import make_inputs
 from .cases import Case
 from .environment import read_environment
 from .isolation import measure_alone
 from .job import ARCHITECTURE, Job
-from .loading import load_for, require_device
+from .loading import load_for
 from .reading import refuse
 from .results import Results, Row, Status
 from .running import Contender, free_memory, outcomes_in, size_of

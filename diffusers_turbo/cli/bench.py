@@ -15,7 +15,6 @@ from ..bench.beside import published_lines
 from ..bench.cases import builtin_cases, find_cases
 from ..bench.environment import read_environment
 from ..bench.job import ARCHITECTURE, Job
-from ..bench.loading import require_device
 from ..bench.plots import plot_attention, plot_bars, plot_memory
 from ..bench.reading import refuse
 from ..bench.results import Results
@@ -25,6 +24,7 @@ from ..bench.suites import Section, read_suite, suites
 from ..bench.tables import csv_text, markdown, rich_table
 from ..bench.writing import write_whole
 from ..errors import MissingPackageError
+from ..facts.probing import require_device
 from . import arguments as arg
 from .output import notices, progress_bar, results
 

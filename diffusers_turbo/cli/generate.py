@@ -12,11 +12,12 @@ import typer
 
 from ..bench.cases import Case
 from ..bench.job import Job
-from ..bench.loading import load_for, require_device
+from ..bench.loading import load_for
 from ..bench.reading import refuse
 from ..bench.running import size_of
 from ..bench.tasks import size_inputs
 from ..entry import auto_optimize
+from ..facts.probing import require_device
 from . import arguments as arg
 from .output import notices, progress_bar, results
 

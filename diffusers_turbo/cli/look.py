@@ -107,7 +107,7 @@ def _facts(device: str | None, card: str | None) -> DeviceFacts:
     if card is not None:
         return DeviceFacts.card(card)
     if device is not None:
-        from ..bench.loading import require_device
+        from ..facts.probing import require_device
 
         require_device(device)
     return probe_device(device)

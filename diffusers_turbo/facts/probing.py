@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from typing import Any
 
+from ..errors import InvalidOptionError, explain_failure
 from .device import DeviceFacts, lacks_tensor_cores, missing_kernels, unusable_formats
 from .host import cxx_compiler, host_memory
 
@@ -38,6 +39,28 @@ def probe_device(device: object = None) -> DeviceFacts:
         refusals=unusable_formats(kind, None, label),
         **shared,
     )
+
+
+def require_device(device: Any) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        InvalidOptionError: no such device, or torch was built without it.
+    """
+    import torch
+
+    tried, named = f"using {device}", '"cpu", "cuda", "cuda:1" or "mps"'
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidOptionError(explain_failure(tried, f"no device {device!r}", named, "correct it")) from error
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(place.type, False):
+        found = f"no {place.type} device that torch {torch.__version__} can use"
+        raise InvalidOptionError(explain_failure(tried, found, "one", 'choose another, such as "cpu"'))
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        found, needed = f"{torch.cuda.device_count()} of them, counted from cuda:0", "one that is here"
+        raise InvalidOptionError(explain_failure(tried, found, needed, "choose a lower number"))
 
 
 def _default_device(torch: Any) -> str:
