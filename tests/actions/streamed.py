@@ -25,9 +25,11 @@ class Device:
         self.held: dict[int, int] = {}
         self.windows: list[Window] = []
         self.peaks: dict[str, int] = {}
+        self.moved = True  # since the last look
         device = self
 
         def bring(tensors, where):
+            device.moved = True
             for tensor in tensors:
                 tensor.data = tensor.data.clone()
                 device.held.pop(id(tensor), None)
@@ -60,15 +62,18 @@ class Device:
 
     def look(self, pipe) -> None:
         window = sum(window.bytes for window in self.windows)
+        self.peaks["window"] = max(self.peaks.get("window", 0), window)
+        if not self.moved:
+            return
+        self.moved = False
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 self.peaks[name] = max(self.peaks.get(name, 0), self.bytes_of(part))
-        self.peaks["window"] = max(self.peaks.get("window", 0), window)
 
     def watch(self, pipe) -> None:
-        """Look at the start of every layer of every component."""
+        """Look at the start of every layer with weights of every component."""
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 for module in part.modules():
-                    if not list(module.children()):
+                    if module._parameters and not module._modules:
                         module.register_forward_pre_hook(lambda *_: self.look(pipe))
