@@ -149,7 +149,8 @@ def _place_to_run(pipe: Any, there: torch.device) -> torch.device:
 def _same_device(one: torch.device, other: torch.device) -> bool:
     """Whether two names mean one device: "cuda" is the current one of its kind."""
     current = torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
-    return one.type == other.type and (one.index or current) == (other.index or current)
+    indices = {current if device.index is None else device.index for device in (one, other)}
+    return one.type == other.type and len(indices) == 1
 
 
 @functools.cache

@@ -89,6 +89,14 @@ class TestAPipelineInHostMemory:
         assert self.asked == [torch.device("cpu")]
         assert "moved" not in str(pipe.turbo_report())
 
+    def test_names_of_one_device(self):
+        """`cuda` is the current one, here the first."""
+        same = entry._same_device
+        names = ("cuda", "cuda:0", "cuda:1", "cpu")
+        found = [same(torch.device("cuda"), torch.device(name)) for name in names]
+        assert found == [True, True, False, False]
+        assert not same(torch.device("cuda:0"), torch.device("cuda:1"))
+
     def test_stays_where_it_is_if_it_lies_elsewhere(self):
         there = torch.device("cpu")
         assert entry._place_to_run(tiny.sd().to("meta"), there) == there

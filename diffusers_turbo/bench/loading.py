@@ -77,8 +77,8 @@ def apply_case(pipe: Any, case: Case, job: Job) -> Any:
         TurboError: a switch does not apply here, or a package is missing.
     """
     if case.auto is not None:
-        size = {"height": job.height, "width": job.width, "batch_size": max(job.batches)}
-        return auto_optimize(pipe, **{**size, **case.auto})
+        given = {"device": job.device, "height": job.height, "width": job.width, "batch_size": max(job.batches)}
+        return auto_optimize(pipe, **{**given, **case.auto})
     if case.switches:
         turbo(pipe)
     for switch in case.switches:

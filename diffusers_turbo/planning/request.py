@@ -82,11 +82,21 @@ class Situation:
         own = sum(
             part.parameter_bytes
             for part in self.pipeline.components
-            if any(place.partition(":")[0] == self.device.device_type for place in part.devices)
+            if any(_same_device(place, self.device.device) for place in part.devices)
         )
         free = self.device.free_bytes + own if self.device.free_bytes else None
         limits = [limit for limit in (free, self.request.budget_bytes) if limit is not None]
         return min(limits, default=None)
+
+
+def _same_device(one: str, other: str) -> bool:
+    """Whether two names may mean one device: "cuda" is any of its kind.
+
+    >>> _same_device("cuda", "cuda:1"), _same_device("cuda:0", "cuda:1")
+    (True, False)
+    """
+    (kind, _, index), (other_kind, _, other_index) = one.partition(":"), other.partition(":")
+    return kind == other_kind and ("" in (index, other_index) or index == other_index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -325,6 +325,16 @@ def test_offload_works_on_the_device_that_was_asked_for(budget):
     assert devices == [None, "cuda:1"]
 
 
+def test_weights_on_another_card_are_no_room_on_this_one():
+    there = tuple(dataclasses.replace(part, devices=("cuda:0",)) for part in facts_of("sdxl").components)
+    facts = dataclasses.replace(facts_of("sdxl"), components=there)
+    rooms = [
+        plan(facts, dataclasses.replace(DeviceFacts.card("T4"), device=name, free_bytes=2**30)).budget_bytes
+        for name in ("cuda:0", "cuda", "cuda:1")
+    ]
+    assert rooms == [2**30 + facts.parameter_bytes, 2**30 + facts.parameter_bytes, 2**30]
+
+
 def test_offload_needs_host_memory_and_no_other_offload():
     poor = dataclasses.replace(DeviceFacts.card("H100"), host_ram_bytes=2**30)
     assert "exceed free host memory" in _reason(plan(facts_of("sdxl"), poor), "enable_model_cpu_offload")
