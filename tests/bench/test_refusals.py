@@ -58,7 +58,7 @@ def test_a_size_that_the_model_cannot_make(model, tmp_path):
 @pytest.mark.parametrize(
     ("device", "count", "text"),
     [
-        ("cuda", 0, "using cuda: found no cuda device that torch .* can use; needed: one.*--device cpu"),
+        ("cuda", 0, "using cuda: found no cuda device that torch .* can use; needed: one.*such as"),
         ("cuda:2", 2, "using cuda:2: found 2 of them, counted from cuda:0.*choose a lower number"),
         ("gpu", 0, 'using gpu: found no device \'gpu\'; needed: "cpu", "cuda"'),
     ],
