@@ -116,13 +116,16 @@ def auto_optimize(
         estimates=estimates,
     )
     # before anything is switched on, so that no fault of a switch can reach the reference
-    inputs = make_inputs(height=height, width=width, batch_size=batch_size)
-    yardstick = Yardstick(pipe, inputs, device=place) if verify else None
+    yardstick = None
+    if verify:
+        inputs = make_inputs(height=height, width=width, batch_size=batch_size)
+        yardstick = Yardstick(pipe, inputs, device=place)
     ledger = open_ledger(pipe)
-    if not _same_device(place, there) and not moves_weights(step.typed_options() for step in chosen.steps):
-        ledger.bring(pipe, place)
-        chosen = replace(chosen, notes=(*chosen.notes, f"moved from {there} to {place}; turbo_undo() moves it back"))
     try:
+        if not _same_device(place, there) and not moves_weights(step.typed_options() for step in chosen.steps):
+            ledger.bring(pipe, place)
+            told = f"moved from {there} to {place}; turbo_undo() moves it back"
+            chosen = replace(chosen, notes=(*chosen.notes, told))
         apply_plan(pipe, chosen)
     except BaseException:
         ledger.bring_back(pipe)

@@ -74,6 +74,21 @@ class TestAPipelineInHostMemory:
         pipe.turbo_undo()
         assert ledger_of(pipe) is None
 
+    def test_a_move_that_fails_in_the_middle_is_taken_back(self, monkeypatch):
+        pipe = turbo(tiny.sd())
+        before = state_of(pipe)
+
+        def give_up(self, device):
+            self.unet.double()  # stands for a component that has moved already
+            ledger_of(self).came_from["unet"] = torch.float32
+            raise torch.OutOfMemoryError("no room for the next")
+
+        monkeypatch.setattr(type(pipe), "to", give_up)
+        with pytest.raises(torch.OutOfMemoryError, match="no room for the next"):
+            auto_optimize(pipe, tier="none")
+        assert differences(before, state_of(pipe)) == []
+        assert ledger_of(pipe) is None
+
     def test_moves_back(self):
         pipe = turbo(tiny.sd())
         stock = tiny.picture(pipe)

@@ -147,16 +147,16 @@ def _tile_sizes(situation: Situation) -> tuple[int, ...]:
 def _offload_options(situation: Situation) -> tuple[Options, ...]:
     if offload_trouble(situation):
         return ()
-    return _offloads(situation, PartialOffload(denoiser_leaves=True, device=_named(situation)))
+    return _offloads(situation, PartialOffload(denoiser_leaves=True, device=_offload_device(situation)))
 
 
 def _offloads(situation: Situation, partial: PartialOffload) -> tuple[Options, ...]:
-    streaming, device = situation.device.device_type == "cuda", _named(situation)
+    streaming, device = situation.device.device_type == "cuda", _offload_device(situation)
     group = GroupOffload(onload_device=device, offload_type="leaf_level", use_stream=streaming, non_blocking=streaming)
     return (ModelOffload(device=device), partial, group, SequentialOffload(device=device))
 
 
-def _named(situation: Situation) -> str | None:
+def _offload_device(situation: Situation) -> str | None:
     """Return the device for offload to work on, None where it is the first one, which offload takes by itself."""
     name = situation.device.device
     return None if name.partition(":")[2] in ("", "0") else name
@@ -219,7 +219,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
         _SLICE_ATTENTION,
         VAESlicing(),
         VAETiling(tile_size=sizes[0] if sizes else None),
-        *_offloads(situation, PartialOffload(device=_named(situation))),
+        *_offloads(situation, PartialOffload(device=_offload_device(situation))),
     ]
 
 
