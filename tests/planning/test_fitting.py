@@ -1,0 +1,175 @@
+"""Plans where memory is tight: which switches fit the room there is, in which order, and what room there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_turbo.facts.device import DeviceFacts
+from diffusers_turbo.planning.planner import make_plan, plan
+from diffusers_turbo.planning.request import Request
+from tests.planning.architectures import facts_of
+from tests.planning.asking import actions_of, plan_on, reason_of
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(
+    case=st.sampled_from([("sd15", "float16"), ("sd15", "float32"), ("sdxl", "float16")]),
+    card=st.sampled_from(["T4", "RTX 3060", "H100", "P100", "MPS"]),
+    side=st.sampled_from([512, 1024]),
+    batch_size=st.integers(1, 4),
+    images=st.sampled_from([None, 5000]),
+    exact=st.booleans(),
+    budgets=st.tuples(st.integers(2**28, 2**34), st.integers(2**28, 2**34)),
+)
+def test_a_smaller_budget_never_gives_a_less_thrifty_plan(case, card, side, batch_size, images, exact, budgets):
+    facts, device = facts_of(*case), DeviceFacts.card(card)
+    smaller, larger = (
+        make_plan(
+            facts,
+            device,
+            Request(height=side, width=side, batch_size=batch_size, images=images, vram_budget=budget, exact=exact),
+        )
+        for budget in sorted(budgets)
+    )
+    assert smaller.after is not None
+    assert larger.after is not None
+    assert smaller.after.needed_bytes <= larger.after.needed_bytes
+
+
+def test_offload_grows_with_need_and_tiles_come_last():
+    ladder = [
+        plan_on("H100", "sd15", vram_budget=budget, height=1024, width=1024) for budget in ("8GB", "3GB", "2.3GB")
+    ]
+    assert not any("offload" in action for action in actions_of(ladder[0]))
+    assert "enable_model_cpu_offload" in actions_of(ladder[1])
+    assert "enable_group_offload" in actions_of(ladder[2])
+    assert "not enough" in reason_of(ladder[2], "enable_model_cpu_offload")
+    assert all(made.exact and made.fits for made in ladder)
+    tight = plan_on("H100", "sd15", vram_budget="1.5GB", height=1024, width=1024)
+    assert "enable_vae_tiling" in actions_of(tight)
+    assert "No exact plan fits" in reason_of(tight, "enable_vae_tiling")
+    assert "LOSSY" in tight.explain()
+    assert tight.fits
+
+
+def test_less_of_the_denoiser_stays_as_the_budget_shrinks_and_no_room_is_left_over():
+    """Between model offload, which needs all of it at once, and group offload, which keeps none of it."""
+    weights = facts_of("sdxl").denoiser_facts.parameter_bytes
+    stays = []
+    for tenths in range(16, 46, 2):
+        made = plan_on("H100", "sdxl", vram_budget=tenths * 2**30 // 10)
+        (step,) = (step for step in made.steps if step.action == "enable_partial_offload")
+        stays.append(step.options["resident_bytes"])
+        # a share more would not have fitted
+        assert made.after.needed_bytes <= made.budget_bytes < made.after.needed_bytes + weights / 32
+        assert "copied at every step" in step.reason
+    assert stays == sorted(stays)
+    assert max(after - before for before, after in itertools.pairwise(stays)) <= 2**30 // 5 + weights / 32
+    assert stays[-1] > 0.65 * weights
+
+
+def test_the_denoiser_leaves_only_when_that_makes_room():
+    """SDXL decodes in more room than it denoises in; latents that nobody decodes leave room for what stays."""
+    (tight,) = (step for step in plan_on("H100", "sdxl", vram_budget="3GB").steps if "offload" in step.action)
+    assert tight.options["denoiser_leaves"] is True
+    alone = dataclasses.replace(facts_of("sdxl"), vae=None)
+    made = plan(alone, DeviceFacts.card("H100"), vram_budget="3GB")
+    (roomy,) = (step for step in made.steps if "offload" in step.action)
+    assert roomy.action == "enable_partial_offload"
+    assert roomy.options["denoiser_leaves"] is False
+
+
+def test_group_offload_streams_leaves_and_sequential_is_the_last_resort():
+    made = plan_on("H100", "sdxl", vram_budget="1.3GB")
+    (group,) = [step for step in made.steps if step.action == "enable_group_offload"]
+    assert group.options["offload_type"] == "leaf_level"
+    assert group.options["use_stream"] is True
+    assert "enable_sequential_cpu_offload" not in actions_of(made)
+
+
+def test_when_nothing_fits_the_thriftiest_plan_says_so():
+    made = plan_on("H100", "sdxl", vram_budget="300MB", exact=True)
+    assert made.fits is False
+    assert "DOES NOT FIT" in made.explain()
+    assert any("nothing known fits" in note and "exact=False" in note for note in made.notes)
+
+
+def test_vae_slicing_is_for_batches_that_need_it():
+    assert "nothing to slice" in reason_of(plan_on("H100"), "enable_vae_slicing")
+    assert "Not needed" in reason_of(plan_on("H100", batch_size=8), "enable_vae_slicing")
+    tight = plan_on("H100", batch_size=8, vram_budget="5GB")
+    assert "enable_vae_slicing" in actions_of(tight)
+    assert tight.exact
+
+
+def test_the_memory_fallback_goes_along_where_little_room_is_left():
+    roomy, tight, short = (plan_on("RTX 3060", vram_budget=budget) for budget in (None, "3GB", "200MB"))
+    assert "enable_memory_fallback" not in actions_of(roomy)
+    assert "Room enough: " in reason_of(roomy, "enable_memory_fallback")
+    for made in (tight, short):
+        assert actions_of(made)[-1] == "enable_memory_fallback"
+        assert "Little room is left (" in reason_of(made, "enable_memory_fallback")
+    assert (tight.fits, tight.exact, short.fits) == (True, True, False)
+    assert "those of CUDA's allocator; this is" in reason_of(plan_on("MPS"), "enable_memory_fallback")
+
+
+def test_slices_replace_a_matrix_that_does_not_fit():
+    made = plan_on("MPS", height=1024, width=1024)
+    assert "enable_attention_slicing" in actions_of(made)
+    assert made.fits
+    assert "holds no score matrix" in reason_of(plan_on("H100"), "enable_attention_slicing")
+
+
+@pytest.mark.parametrize("budget", ["6GB", "4.5GB", "1.5GB"])
+def test_offload_works_on_the_device_that_was_asked_for(budget):
+    """Left alone it would take the first."""
+    second = dataclasses.replace(DeviceFacts.card("H100"), device="cuda:1")
+    first = dataclasses.replace(DeviceFacts.card("H100"), device="cuda:0")
+    devices = []
+    for card in (first, second):
+        made = plan(facts_of("sdxl"), card, height=512, width=512, vram_budget=budget)
+        step = next(step for step in made.steps if "offload" in step.action)
+        devices.append(step.options.get("onload_device", step.options.get("device")))
+    assert devices == [None, "cuda:1"]
+
+
+def test_weights_on_another_card_are_no_room_on_this_one():
+    there = tuple(dataclasses.replace(part, devices=("cuda:0",)) for part in facts_of("sdxl").components)
+    facts = dataclasses.replace(facts_of("sdxl"), components=there)
+    rooms = [
+        plan(facts, dataclasses.replace(DeviceFacts.card("T4"), device=name, free_bytes=2**30)).budget_bytes
+        for name in ("cuda:0", "cuda", "cuda:1")
+    ]
+    assert rooms == [2**30 + facts.parameter_bytes, 2**30 + facts.parameter_bytes, 2**30]
+
+
+def test_offload_needs_host_memory_and_no_other_offload():
+    poor = dataclasses.replace(DeviceFacts.card("H100"), host_ram_bytes=2**30)
+    assert "exceed free host memory" in reason_of(plan(facts_of("sdxl"), poor), "enable_model_cpu_offload")
+    waiting = tuple(dataclasses.replace(part, devices=("cpu",)) for part in facts_of("sdxl").components)
+    there = dataclasses.replace(facts_of("sdxl"), components=waiting)
+    assert "exceed free host memory" not in reason_of(plan(there, poor), "enable_model_cpu_offload")
+    facts = facts_of("sd15")
+    parts = tuple(dataclasses.replace(part, hooks=("accelerate:CpuOffload",)) for part in facts.components)
+    made = plan(dataclasses.replace(facts, components=parts), DeviceFacts.card("H100"))
+    assert "offloaded already (accelerate:CpuOffload)" in reason_of(made, "enable_group_offload")
+
+
+def test_the_pipelines_own_weights_count_as_usable():
+    facts, device = facts_of("sd15"), DeviceFacts.card("H100")
+    device = dataclasses.replace(device, free_bytes=2**30)
+    parts = tuple(dataclasses.replace(part, devices=("cuda:0",)) for part in facts.components)
+    made = plan(dataclasses.replace(facts, components=parts), device)
+    assert made.budget_bytes == 2**30 + facts.parameter_bytes
+
+
+def test_unknown_memory_takes_no_memory_switch():
+    device = dataclasses.replace(DeviceFacts.card("H100"), free_bytes=0)
+    made = plan(facts_of("sdxl"), device)
+    assert made.fits is None
+    assert "unknown" in reason_of(made, "enable_model_cpu_offload")
