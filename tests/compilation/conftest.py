@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,8 +10,16 @@ from torch._dynamo.utils import counters
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     """Compiled code and counts of one test must not be another's."""
-    torch._dynamo.reset()
-    counters.clear()
+    _reset()
     yield
-    torch._dynamo.reset()
+    _reset()
+
+
+def _reset():
+    # it goes through a table of backends that a collection in the middle of the loop would make shorter
+    gc.disable()
+    try:
+        torch._dynamo.reset()
+    finally:
+        gc.enable()
     counters.clear()
