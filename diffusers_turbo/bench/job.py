@@ -88,8 +88,9 @@ class Job:
             raise _refuse(name, value, f"a whole number from {least} on")
 
     def dtype_of(self, case: str) -> str:
-        """Return the dtype that a case of this job is loaded in, by the case's name."""
-        return next((item.dtype for item in self.cases if item.name == case and item.dtype), self.dtype)
+        """Return the dtype that a case of this job computes in, by the case's name: its autocast, else what is loaded."""
+        found = next((item for item in self.cases if item.name == case), None)
+        return (found and (found.autocast or found.dtype)) or self.dtype
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, from which `from_dict` makes an equal Job."""

@@ -96,12 +96,18 @@ def _tomesd(pipe: Any) -> None:
 
 
 def _mmgp(pipe: Any) -> None:
+    import torch
+
     # It finds the device itself and wants every weight in host memory first.
     pipe.to("cpu")
     mmgp = import_module("mmgp")
     offload = import_module("mmgp.offload")
     # Its profiles quantise transformers by default; here the offloading alone is compared.
-    offload.profile(pipe, mmgp.profile_type.LowRAM_LowVRAM, quantizeTransformer=False, verboseLevel=0)
+    try:
+        offload.profile(pipe, mmgp.profile_type.LowRAM_LowVRAM, quantizeTransformer=False, verboseLevel=0)
+    finally:
+        # It leaves "cuda" as the whole process's default, on which schedulers of other pipelines cannot be made.
+        torch.set_default_device(None)
 
 
 def _diffusers_mm(pipe: Any) -> None:

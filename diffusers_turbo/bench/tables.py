@@ -90,8 +90,9 @@ def _compared(results: Results, row: Row) -> str | None:
 
 
 def _dtype(results: Results, row: Row) -> str:
-    """What the case ran in, where that was measured; else what it was loaded in."""
-    return (row.distance or {}).get("dtype") or results.job.dtype_of(row.case)
+    """What the case ran in, where that was measured, at whatever batch; else what its settings say."""
+    measured = ((other.distance or {}).get("dtype") for other in results.rows if other.case == row.case)
+    return next(filter(None, measured), None) or results.job.dtype_of(row.case)
 
 
 def _outcome(results: Results, row: Row) -> str | None:

@@ -69,6 +69,19 @@ def test_peers_for_unets_refuse_transformers(name):
         replace(PEERS[name], modules=()).apply(tiny.pixart())
 
 
+def test_mmgp_leaves_the_default_device_as_it_was(monkeypatch):
+    # it sets "cuda", here the device that every machine has, for the whole process
+    profile_type = SimpleNamespace(LowRAM_LowVRAM=4)
+    offload = SimpleNamespace(profile=lambda *_, **__: torch.set_default_device("meta"))
+    monkeypatch.setitem(sys.modules, "mmgp", SimpleNamespace(profile_type=profile_type, offload=offload))
+    monkeypatch.setitem(sys.modules, "mmgp.offload", offload)
+    try:
+        PEERS["mmgp"].use(tiny.sd())
+        assert torch.empty(1).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
 def test_deepcache_skips_two_of_three_steps():
     pytest.importorskip("DeepCache")
     pipe = tiny.sd()

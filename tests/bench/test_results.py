@@ -315,3 +315,5 @@ def test_a_job_no_run_could_follow_is_refused(changes, text):
 def test_a_case_has_its_own_dtype_or_the_jobs():
     assert samples.job().dtype_of("stock") == "float32"
     assert samples.job().dtype_of("fp16") == "float16"
+    autocast = Case(name="autocast", dtype="float32", autocast="bfloat16")
+    assert samples.job(cases=(autocast,)).dtype_of("autocast") == "bfloat16"

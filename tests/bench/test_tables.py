@@ -44,6 +44,14 @@ def test_csv_holds_every_round_and_raw_numbers():
     assert rows["fp16", "1"]["dtype"] == "float16"
 
 
+def test_what_a_case_was_measured_to_run_in_holds_for_all_its_batches():
+    made = samples.results()
+    made.row("automatic", 1).distance = {"dtype": "bfloat16"}
+    rows = csv_rows(made)
+    assert rows["automatic", "1"]["dtype"] == rows["automatic", "4"]["dtype"] == "bfloat16"
+    assert rows["stock", "4"]["dtype"] == "float32"
+
+
 def test_csv_says_what_became_of_rows_without_a_result():
     rows = csv_rows(samples.results())
     out = rows["naive", "4"]
