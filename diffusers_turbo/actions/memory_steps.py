@@ -15,7 +15,6 @@ from ..planning.fitting import TILE_SIZES
 from ..planning.memory import holds_scores
 from ..planning.options import (
     CUDAGraphs,
-    FusedQKV,
     GroupOffload,
     ModelOffload,
     NaiveAttention,
@@ -30,7 +29,7 @@ from ..planning.options import (
 from .components import modules_of
 from .ledger import Ledger
 
-HOLD_MEMORY = (CUDAGraphs, VAEUpcastCopy, FusedQKV)
+HOLD_MEMORY = (CUDAGraphs, VAEUpcastCopy)
 """Switches for speed that hold memory of their own: pools of graphs, copies of weights."""
 
 

@@ -13,7 +13,7 @@ from ..attention import attention_layers
 from ..facts.pipeline import read_pipeline
 from ..planning.options import HalfPrecision
 from .components import modules_of, require_plain_weights
-from .projections import refill
+from .projections import join
 from .undo import Journal, journaling, owned
 
 
@@ -51,11 +51,11 @@ class AddedMeanwhile:
     def revert(self) -> str | None:
         """Count the half-precision tensors that were not there when half precision came.
 
-        Fused projections are copies of weights that have their precision back, and get it from them.
+        Fused weights are made of projections that have their precision back, and get it from them.
         """
         for root in modules_of(self.pipe).values():
             for attn in attention_layers(root).values():
-                refill(attn)
+                join(attn)
         added = sum(
             id(owner) not in self.known and tensor.dtype == self.dtype
             for _, owner, _, tensor in floating_tensors(modules_of(self.pipe))

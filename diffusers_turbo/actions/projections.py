@@ -1,7 +1,9 @@
 """Fused QKV: the projections of attention as one matrix product a layer.
 
-The fused weights are copies. They are filled anew when a call begins, so that a LoRA fused into the weights meanwhile
-is never bypassed, and the processors leave them aside while an adapter wraps one of the projections.
+The separate weights become slices of the fused ones, so that nothing is stored twice and a change of either is one of
+both. A fused weight is a buffer that is not saved: checkpoints hold what they always held. Where something has taken
+the slices apart (a move to another device, an exchange of `.data`), they are joined again when a call begins, and the
+processors leave the fused weights aside while an adapter wraps one of the projections.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention import attention_layers
 from ..attention.base import are_plain
@@ -26,21 +28,36 @@ FUSED_FROM = {
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-"""The modules that diffusers' `Attention.fuse_projections()` adds to a layer, and what each is a copy of."""
+"""The modules that diffusers' `Attention.fuse_projections()` adds to a layer, and what each is made of."""
 
 
 @dataclass
-class RefillFused:
-    """Call scope: copy the projections into the fused weights before the call."""
+class JoinProjections:
+    """Call scope: what was taken apart meanwhile is joined before the call."""
 
     layers: list[Any]
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
-        """Refill, then run the call."""
+        """Join, then run the call."""
         for attn in self.layers:
-            refill(attn)
+            join(attn)
         yield
+
+
+@dataclass
+class Joined:
+    """A layer whose projections were made slices of its fused weights."""
+
+    attn: Any
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Give each projection memory of its own again."""
+        for whole, sources in _fused_weights(self.attn):
+            for source, part in zip(sources, _slices(whole, sources), strict=True):
+                if _is_same_memory(source, part):
+                    source.data = part.clone()
 
 
 def apply(pipe: Any, options: FusedQKV) -> Journal:
@@ -62,7 +79,11 @@ def apply(pipe: Any, options: FusedQKV) -> Journal:
         for attn in fusable:
             with journal.watching(attn, *FUSED_FROM, "fused_projections"):
                 attn.fuse_projections()
-        journal.scopes.append(RefillFused(fusable))
+            for fused in filter(None, (getattr(attn, name, None) for name in FUSED_FROM)):
+                _leave_out_of_checkpoints(fused)
+            join(attn)
+            journal.add(Joined(attn))
+        journal.scopes.append(JoinProjections(fusable))
         journal.note(f"{len(fusable)} of {len(layers)} layers fused in {', '.join(roots)}")
     return journal
 
@@ -72,19 +93,44 @@ def _plain_projections(attn: Any) -> bool:
     return not attn.fused_projections and are_plain(attn.to_q, attn.to_k, attn.to_v)
 
 
+def _leave_out_of_checkpoints(fused: nn.Module) -> None:
+    """Make a fused layer's parameters buffers that no state dict has."""
+    for field, weight in list(fused.named_parameters()):
+        delattr(fused, field)
+        fused.register_buffer(field, weight.data, persistent=False)
+
+
 @torch.no_grad()
-def refill(attn: Any) -> None:
-    """Copy a layer's projections into its fused weights, which take on their dtype."""
+def join(attn: Any) -> None:
+    """Make a layer's projections slices of its fused weights, which take on their values, dtype and device."""
+    for whole, sources in _fused_weights(attn):
+        if all(map(_is_same_memory, sources, _slices(whole, sources))):
+            continue
+        together = torch.cat([source.data for source in sources])
+        if (whole.dtype, whole.device) == (together.dtype, together.device):
+            whole.copy_(together)
+        else:
+            whole.data = together
+        for source, part in zip(sources, _slices(whole, sources), strict=True):
+            source.data = part
+
+
+def _fused_weights(attn: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Give each fused weight and bias of a layer with the separate ones, while no adapter wraps these."""
     for name, parts in FUSED_FROM.items():
-        fused, sources = getattr(attn, name, None), [getattr(attn, part, None) for part in parts]
-        if fused is None or not are_plain(*sources):
+        fused, projections = getattr(attn, name, None), [getattr(attn, part, None) for part in parts]
+        if fused is None or not are_plain(*projections):
             continue
         for field in ("weight", "bias"):
-            target = getattr(fused, field)
-            if target is None or target.device.type == "meta":
-                continue
-            together = torch.cat([getattr(source, field) for source in sources])
-            if target.dtype == together.dtype:
-                target.copy_(together)
-            else:
-                target.data = together
+            if (whole := getattr(fused, field)) is not None:
+                yield whole, [getattr(projection, field) for projection in projections]
+
+
+def _slices(whole: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.split(whole.data, [len(source) for source in sources])
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    # Tensor.is_set_to() does the same, but not on the meta device
+    where = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in (one, other)]
+    return where[0] == where[1]

@@ -190,10 +190,10 @@ class TurboAttnProcessor(ABC):
 def project(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values as `[B, H, N, D]`, by the layer's fused projections where they are in force.
 
-    Fused weights are copies: they are used only while the three projections are plain linear layers, so that an adapter
-    wrapped around one of them (LoRA) is never bypassed.
+    Fused weights are used only while the three projections are plain linear layers, so that an adapter wrapped around
+    one of them (LoRA) is never bypassed, and not while one of these learns.
     """
-    fused = attn.fused_projections and are_plain(attn.to_q, attn.to_k, attn.to_v)
+    fused = attn.fused_projections and _may_fuse(attn.to_q, attn.to_k, attn.to_v)
     if fused and context is None and not attn.is_cross_attention:
         sizes = [attn.inner_dim, attn.inner_kv_dim, attn.inner_kv_dim]
         return enter_heads(attn, *attn.to_qkv(hidden_states).split(sizes, dim=-1))
@@ -207,10 +207,14 @@ def project(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[T
 
 def project_added(attn: Any, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`project` for the text tokens of a joint layer, which have projections of their own."""
-    if attn.fused_projections and are_plain(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj):
+    if attn.fused_projections and _may_fuse(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj):
         sizes = [attn.inner_dim, attn.inner_kv_dim, attn.inner_kv_dim]
         return enter_heads(attn, *attn.to_added_qkv(context).split(sizes, dim=-1))
     return enter_heads(attn, attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context))
+
+
+def _may_fuse(*projections: Any) -> bool:
+    return are_plain(*projections) and not needs_grad(*(projection.weight for projection in projections))
 
 
 def are_plain(*projections: nn.Module | None) -> bool:

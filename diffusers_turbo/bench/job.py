@@ -88,7 +88,7 @@ class Job:
             raise _refuse(name, value, f"a whole number from {least} on")
 
     def dtype_of(self, case: str) -> str:
-        """Return the dtype that a case of this job computes in, by the case's name: its autocast, else what is loaded."""
+        """Return the dtype that a case of this job computes in, by its name: of its autocast, else of its weights."""
         found = next((item for item in self.cases if item.name == case), None)
         return (found and (found.autocast or found.dtype)) or self.dtype
 

@@ -150,7 +150,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         first=(FusedQKV,),
         second=(ModelOffload, *_STREAMING),
-        reason="fused projections are copies of the weights, which offload would have to move as well",
+        reason="offload moves weights one by one, and fused projections are one with the weights that they are made of",
     ),
 )
 

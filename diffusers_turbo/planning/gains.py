@@ -139,11 +139,30 @@ shrinks as kernels grow, so nothing is promised above this size."""
 NAIVE_STEP_MS, SDPA_STEP_MS = 18.95, 12.3
 """One SD1.5 step at 512x512 as a CUDA graph with naive attention and with SDPA. Source: H100, as above."""
 
-SPLIT_PROJECTIONS_MS, FUSED_PROJECTIONS_MS = 2792, 2715
-"""SD1.5 512x512, 50 steps, eager, without and with fused QKV. Source: H100, as above."""
 
-FUSED_FAMILIES = ("sd15", "sd21")
-"""Families for which fused QKV was measured, SD2.1 being SD1.5's network with another text width."""
+@dataclass(frozen=True, kw_only=True)
+class ProjectionGain:
+    """What fused QKV does to a whole picture: milliseconds with separate and with fused projections."""
+
+    separate_ms: int
+    fused_ms: int
+    setting: str
+    source: str
+
+
+FUSED_GAINS: dict[str, ProjectionGain] = {
+    "sd15": ProjectionGain(
+        separate_ms=2792, fused_ms=2715, setting="SD1.5, 512x512, 50 steps, eager, H100", source=_H100
+    ),
+    # the instant tier as it was, and its graphs, kernels and channels-last with fused projections
+    "sdxl": ProjectionGain(
+        separate_ms=1050,
+        fused_ms=1035,
+        setting="SDXL, 1024x1024, 30 steps, CUDA graphs, H100",
+        source="docs/benchmarks/instant-sdxl-h100.json",
+    ),
+}
+FUSED_GAINS["sd21"] = FUSED_GAINS["sd15"]
 
 FP32_NAIVE_MS, FP16_NAIVE_MS = 3963, 2821
 """SD1.5 512x512, 50 steps, naive attention. Source: H100, as above."""

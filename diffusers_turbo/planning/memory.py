@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .options import (
     ChannelsLast,
     CUDAGraphs,
-    FusedQKV,
     GroupOffload,
     HalfPrecision,
     ModelOffload,
@@ -310,15 +309,13 @@ def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:
 def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -> int:
     """Return the bytes of weights on the device while components of these roles run, one after the other."""
     offload = offload_in_force(facts, switches)
-    fused = switches.get(FusedQKV)
-    copies = _cast_bytes(fused_bytes(facts, fused), facts, switches) if isinstance(fused, FusedQKV) else 0
     if offload is None:
-        return sum(_scaled(part, part.parameter_bytes, facts, switches) for part in facts.components) + copies
+        return sum(_scaled(part, part.parameter_bytes, facts, switches) for part in facts.components)
     if isinstance(offload, PartialOffload):
-        return _partly(facts, switches, roles, offload) + (copies if "denoiser" in roles else 0)
+        return _partly(facts, switches, roles, offload)
     working = [part for part in facts.components if part.role in roles]
     held = [_scaled(part, _onloaded_bytes(part, offload), facts, switches) for part in working]
-    return max(held, default=0) + (copies if isinstance(offload, ModelOffload) and "denoiser" in roles else 0)
+    return max(held, default=0)
 
 
 def _partly(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...], offload: PartialOffload) -> int:
@@ -349,23 +346,6 @@ def _onloaded_bytes(part: ComponentFacts, offload: Options) -> int:
     if isinstance(offload, SequentialOffload):
         return part.largest_leaf_bytes
     return _group_bytes(part, offload) if isinstance(offload, GroupOffload) else part.parameter_bytes
-
-
-def fused_bytes(facts: PipelineFacts, fused: FusedQKV) -> int:
-    """Return what fused projections add at the weights' present dtypes: the separate ones stay, undoing needs them."""
-    total = 0
-    for layer in facts.attention:
-        part = facts.component(layer.component)
-        if part is None or not (fused.vae if layer.component == "vae" else fused.unet):
-            continue
-        width = layer.heads * layer.head_dim
-        values = 2 * width * (facts.shape.cross_attention_dim or width) if layer.cross else 3 * width * width
-        total += layer.count * values * _stored_item_bytes(part)
-    return total
-
-
-def _cast_bytes(size_bytes: int, facts: PipelineFacts, switches: Switches) -> int:
-    return _scaled(facts.denoiser_facts, size_bytes, facts, switches)
 
 
 def _group_bytes(part: ComponentFacts, group: GroupOffload) -> int:

@@ -204,7 +204,7 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
             else item
             for item in attention
         ]
-    projections = judge_projections(situation, rung.options, lean=rung.lean)
+    projections = judge_projections(situation, rung.options)
     tier = settle_tier(situation, rung.options, lean=rung.lean)
     compiles = judge_compile(situation, rung.options, tier)
     compiled = any(item.taken for item in compiles if item.options.action != "compile_vae")

@@ -86,19 +86,14 @@ def test_slices_and_tiles_of_the_vae(thin):
     assert _peaks(thin, opt.VAETiling(tile_size=512)).stage("decode").activation_bytes == one.activation_bytes
 
 
-def test_formats_and_copies(sd15):
+def test_formats(sd15):
     plain = _peaks(sd15)
     last = _peaks(sd15, opt.ChannelsLast())
     assert last.stage("decode").workspace_bytes < plain.stage("decode").workspace_bytes
     fused = _peaks(sd15, opt.FusedQKV())
-    copies = sum(
-        projection.weight.nbytes
-        for name, module in sd15.pipe.unet.named_modules()
-        for projection in [module]
-        if name.endswith(("to_q", "to_k", "to_v")) and not name.endswith("attn2.to_q")
-    )
+    # larger tensors leave other gaps in the allocator's segments
     added = fused.stage("denoise").weights_bytes - plain.stage("denoise").weights_bytes
-    assert copies <= added <= copies + 4 * MIB  # the VAE's beside the UNet's
+    assert abs(added) <= 4 * MIB
 
 
 def test_each_offload_holds_what_it_says(sd15):
