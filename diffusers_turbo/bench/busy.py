@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .clock import synchronize
+from .families import kernels_of
 
 STEPS = 6
 """Calls of so many steps and of twice as many are profiled. A cache that computes every second or third step in full
@@ -50,8 +51,8 @@ def kernel_spans(work: Callable[[], object], device: torch.device) -> Spans:
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             work()
             synchronize(device)
-        events = profiler.events() or []
-    return [(event.time_range.start, event.time_range.end) for event in events if event.device_type.name == "CUDA"]
+        kernels = kernels_of(profiler)
+    return [(kernel.begin, kernel.end) for kernel in kernels]
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

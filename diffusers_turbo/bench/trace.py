@@ -1,4 +1,4 @@
-"""Where the time of one denoising step goes: a table of kernels, and a trace for Chrome's or Perfetto's viewer."""
+"""Where the time of one denoising step goes: kernels by family and one by one, and a trace for Chrome's viewer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..errors import NotSupportedError, explain_failure
 from .clock import synchronize
+from .families import describe, kernels_of
 from .running import Contender
 from .writing import write_whole
 
@@ -58,7 +59,8 @@ def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
     table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
     name = contender.case.name
     kernels, chrome = folder / f"{name}{KERNELS}", folder / f"{name}{TRACE}"
-    write_whole(kernels, f"{name}: one denoising step, by {order}\n\n{table}\n", "the kernel table")
+    parts = filter(None, (f"{name}: one denoising step, by {order}", describe(kernels_of(profiler)), table))
+    write_whole(kernels, "\n\n".join(parts) + "\n", "the kernel table")
     part = chrome.with_name(f".{chrome.name}.{os.getpid()}.part")
     try:
         profiler.export_chrome_trace(str(part))

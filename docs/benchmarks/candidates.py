@@ -1,0 +1,301 @@
+"""What could come next for speed, each beside what runs now, on the shapes of SD1.5 and SDXL with guidance.
+
+python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--only geglu ...] [--arch sd15 sdxl]
+
+    convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
+    geglu             projection, then the kernel that halves it; both in one kernel, with several tiles
+    projections       queries, keys and values by three products, by one
+    cross-attention   queries, attention over 77 tokens, output; the same with the prompt's keys folded into the weights
+                      of the queries and its values into those of the output, both made once a call
+
+Ways are timed as in kernels.py: many calls in a CUDA graph, in turns. `error` is the distance of each from the first in
+float32, relative to it; all compute the same up to rounding. Without a GPU, and with TRITON_INTERPRET=1, tiny shapes
+show that the script works; its times then mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from kernels import interleaved
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusers_turbo.bench.architectures import build
+from diffusers_turbo.kernels import KERNELS
+
+PROMPT = 77
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work on one shape; `count` is how often a step has it, `wide` computes it in float32."""
+
+    kind: str
+    shape: list[int]
+    count: int
+    ways: dict[str, Callable[[], Tensor]]
+    wide: Callable[[], Tensor]
+    operations: float
+
+
+@triton.jit
+def linear_geglu_kernel(
+    x,
+    weight,
+    bias,
+    output,
+    rows,
+    width,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """`[rows, depth]` times both halves of `[2 * width, depth]`, a tile of each half at a time, value * gelu(gate)."""
+    depth = STEPS * DEPTH
+    # programs that share weights and rows run together, so that the cache holds both
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
+    band = tl.program_id(0) // (TOGETHER * across)
+    height = tl.minimum(down - band * TOGETHER, TOGETHER)
+    place = tl.program_id(0) % (TOGETHER * across)
+    row = (band * TOGETHER + place % height) * ROWS + tl.arange(0, ROWS)
+    column = (place // height) * COLUMNS + tl.arange(0, COLUMNS)
+    deep = tl.arange(0, DEPTH)
+    left = x + row[:, None] * depth + deep[None, :]
+    right = weight + column[None, :] * depth + deep[:, None]
+    half = width * depth
+    present = row[:, None] < rows
+    value = tl.zeros((ROWS, COLUMNS), tl.float32)
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(STEPS):
+        part = tl.load(left, mask=present, other=0.0)
+        value = tl.dot(part, tl.load(right), value)
+        gate = tl.dot(part, tl.load(right + half), gate)
+        left += DEPTH
+        right += DEPTH
+    value += tl.load(bias + column)[None, :].to(tl.float32)
+    gate += tl.load(bias + width + column)[None, :].to(tl.float32)
+    result = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    tl.store(output + row[:, None] * width + column[None, :], result.to(output.dtype.element_ty), present)
+
+
+# rows, columns (of each half), depth, stages, warps
+TILES = [(128, 128, 64, 3, 8), (128, 64, 64, 4, 4), (128, 64, 64, 4, 8), (256, 64, 64, 3, 8), (64, 128, 64, 4, 4)]
+TILES += [(128, 128, 64, 4, 8), (128, 128, 32, 4, 8), (64, 64, 64, 5, 4)]
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
+    """Project `[M, K]` by `[2D, K]` and halve to `[M, D]` in one kernel; D and K are multiples of the tile's."""
+    (count, depth), width = x.shape, len(weight) // 2
+    rows, columns, deep, stages, warps = tile
+    output = x.new_empty(count, width)
+    grid = (triton.cdiv(count, rows) * triton.cdiv(width, columns),)
+    linear_geglu_kernel[grid](
+        x, weight, bias, output, count, width, depth // deep, rows, columns, deep, 8, num_stages=stages, num_warps=warps
+    )
+    return output
+
+
+def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
+    """Count the shapes of each kind of work in one step with guidance, from a forward on the meta device."""
+    pipe = build(arch, dtype=torch.float16, device="meta", text_encoders=False)
+    unet, found = pipe.unet, {name: Counter() for name in KINDS}
+
+    def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x = inputs[0] if inputs else None
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            found["convolution"][(*x.shape, module.out_channels, module.stride[0])] += 1
+        elif type(module).__name__ == "GEGLU":
+            found["geglu"][(x.numel() // x.shape[-1], x.shape[-1], output.shape[-1])] += 1
+        elif type(module).__name__ == "Attention":
+            kind = "cross-attention" if module.is_cross_attention else "projections"
+            found[kind][(*x.shape, module.heads)] += 1
+
+    for module in unet.modules():
+        module.register_forward_hook(note)
+    side, more = unet.config.sample_size, {}
+    with torch.device("meta"):
+        if unet.config.addition_embed_type == "text_time":
+            more = {"text_embeds": torch.empty(2, 1280).half(), "time_ids": torch.empty(2, 6).half()}
+        latents, prompt = torch.empty(2, 4, side, side), torch.empty(2, PROMPT, unet.config.cross_attention_dim)
+        unet(latents.half(), torch.tensor(1), encoder_hidden_states=prompt.half(), added_cond_kwargs=more)
+    return found
+
+
+def convolution(shape: tuple[int, ...], draw: Any) -> Any:
+    batch, channels, height, width, out, stride = shape
+    x = draw(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
+    weight = draw(out, channels, 3, 3, scale=1 / math.sqrt(9 * channels)).contiguous(memory_format=torch.channels_last)
+    flat = weight.permute(0, 2, 3, 1).reshape(out, -1)
+    down, across = -(-height // stride), -(-width // stride)
+
+    def by_cudnn(search: bool) -> Tensor:
+        # its choices are kept by shape and flags, so the two need different ones; TF32 is nothing to half precision
+        flags = torch.backends.cudnn.flags(benchmark=search, benchmark_limit=0, allow_tf32=search)
+        with flags if x.is_cuda else nullcontext():
+            return F.conv2d(x, weight, stride=stride, padding=1)
+
+    def by_product() -> Tensor:
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        patches = padded.unfold(1, 3, stride).unfold(2, 3, stride).permute(0, 1, 2, 4, 5, 3)
+        return (patches.reshape(batch * down * across, -1) @ flat.T).view(batch, down, across, out).permute(0, 3, 1, 2)
+
+    ways = {"cudnn": lambda: by_cudnn(False), "cudnn, searched": lambda: by_cudnn(True)}
+    if batch * down * across <= 2048:
+        ways["product"] = by_product
+    wide = lambda: F.conv2d(x.float(), weight.float(), stride=stride, padding=1)  # noqa: E731
+    return ways, wide, 2 * batch * down * across * out * channels * 9
+
+
+def geglu(shape: tuple[int, ...], draw: Any) -> Any:
+    rows, depth, width = shape
+    x, weight, bias = draw(rows, depth), draw(2 * width, depth, scale=depth**-0.5), draw(2 * width)
+    halve = KERNELS["geglu"].run
+    ways = {"two kernels": lambda: halve(F.linear(x, weight, bias)), "product alone": lambda: F.linear(x, weight, bias)}
+    for tile in TILES if x.is_cuda else [(16, 16, 16, 1, 1)]:
+        ways[f"one kernel {tile}"] = lambda tile=tile: linear_geglu(x, weight, bias, tile)
+    wide = lambda: KERNELS["geglu"].plain(F.linear(x.float(), weight.float(), bias.float()))  # noqa: E731
+    return ways, wide, 4 * rows * depth * width
+
+
+def projections(shape: tuple[int, ...], draw: Any) -> Any:
+    batch, tokens, width, _ = shape
+    x, weight = draw(batch, tokens, width), draw(3 * width, width, scale=width**-0.5)
+    parts = weight.chunk(3)
+    ways = {
+        "three": lambda: torch.stack([F.linear(x, part) for part in parts]),
+        "three, not stacked": lambda: [F.linear(x, part) for part in parts][-1],
+        "one": lambda: F.linear(x, weight),
+    }
+    return ways, None, 6 * batch * tokens * width * width
+
+
+def cross_attention(shape: tuple[int, ...], draw: Any) -> Any:
+    batch, tokens, width, heads = shape
+    size = width // heads
+    x, key, value = draw(batch, tokens, width), draw(batch, PROMPT, width), draw(batch, PROMPT, width)
+    into, out, bias = draw(width, width, scale=width**-0.5), draw(width, width, scale=width**-0.5), draw(width)
+    room = -(-PROMPT // 8) * 8  # products want multiples of eight
+
+    def split(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (heads, size)).transpose(1, 2)
+
+    def apart(x: Tensor, key: Tensor, value: Tensor, into: Tensor, out: Tensor, bias: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(split(F.linear(x, into)), split(key), split(value))
+        return F.linear(attended.transpose(1, 2).flatten(2), out, bias)
+
+    # [B, H, C, S] and [B, H, S, C]: x @ folded_key is what the queries have in common with the keys
+    folded_key = torch.einsum("hdc,bhsd->bchs", into.view(heads, size, width), split(key)) * size**-0.5
+    folded_value = torch.einsum("ohd,bhsd->bhso", out.view(width, heads, size), split(value))
+    folded_key = F.pad(folded_key, (0, room - PROMPT)).reshape(batch, width, heads * room)
+    folded_value = F.pad(folded_value, (0, 0, 0, room - PROMPT)).reshape(batch, heads * room, width)
+    empty = torch.zeros(heads, room, device=x.device, dtype=x.dtype)
+    empty[:, PROMPT:] = -torch.inf
+    empty = empty.view(1, 1, -1)
+
+    def folded() -> Tensor:
+        scores = torch.baddbmm(empty, x, folded_key)
+        shares = scores.unflatten(-1, (heads, room)).softmax(-1).flatten(2)
+        return torch.baddbmm(bias, shares, folded_value)
+
+    everything = (x, key, value, into, out, bias)
+    ways = {"apart": lambda: apart(*everything), "folded": folded}
+    ways["products of folded"] = lambda: torch.bmm(torch.bmm(x, folded_key), folded_value)
+    wide = lambda: apart(*(tensor.float() for tensor in everything))  # noqa: E731
+    return ways, wide, 4 * batch * tokens * width * (width + PROMPT)
+
+
+KINDS = {
+    "convolution": convolution,
+    "geglu": geglu,
+    "projections": projections,
+    "cross-attention": cross_attention,
+}
+TINY = {
+    "convolution": {(1, 8, 4, 4, 8, 1): 1, (1, 8, 5, 4, 8, 2): 1},
+    "geglu": {(24, 32, 48): 1},
+    "projections": {(1, 4, 8, 2): 1},
+    "cross-attention": {(2, 4, 16, 2): 1},
+}
+
+
+def cases(work: dict[str, Any], only: list[str], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Make one case at a time."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype) * scale
+
+    for kind in only:
+        for shape, count in work[kind].items():
+            ways, wide, operations = KINDS[kind](shape, draw)
+            yield Case(kind, list(shape), count, ways, wide, operations)
+
+
+def errors(case: Case) -> dict[str, float]:
+    """How far each way is from float32, relative to it; not of ways that compute a part only."""
+    if case.wide is None:
+        return {}
+    exact, found = case.wide(), {}
+    for name, way in case.ways.items():
+        output = way()
+        if output.shape == exact.shape and "products" not in name:
+            found[name] = ((output.float() - exact).norm() / exact.norm()).item()
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write, and print what a step would save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="where the JSON goes")
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--arch", nargs="+", default=["sd15", "sdxl"])
+    options = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds, calls, dtype = (7, 10, torch.float16) if device == "cuda" else (1, 1, torch.float32)
+    rows = []
+    for arch in options.arch if device == "cuda" else ["tiny"]:
+        work = work_of(arch) if device == "cuda" else TINY
+        with torch.no_grad():
+            for case in cases(work, options.only, device, dtype):
+                off = errors(case)
+                times = interleaved(case.ways, rounds, calls, device)
+                now = next(iter(times.values()))
+                for way, micros in times.items():
+                    rows.append(
+                        {
+                            "arch": arch,
+                            "kind": case.kind,
+                            "shape": case.shape,
+                            "count": case.count,
+                            "way": way,
+                            "us": round(micros, 2),
+                            "tflops": round(case.operations / micros / 1e6, 1),
+                            "error": off.get(way),
+                            "saves_us_a_step": round((now - micros) * case.count, 1),
+                        }
+                    )
+    environment = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
+    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        shape, error = "x".join(map(str, row["shape"])), f"{row['error']:.1e}" if row["error"] is not None else "-"
+        print(
+            f"{row['arch']:5} {row['kind']:16}{shape:24} x{row['count']:3} {row['way']:34}{row['us']:9.1f} us"
+            f"{row['tflops']:7.0f} TFLOP/s  {error:8} {row['saves_us_a_step']:9.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
