@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import diffusers
@@ -14,6 +15,7 @@ from tests import tiny
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker: threads of two workers that wait for each other in spin loops cost more than they bring.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
 LONGEST_FILES = (
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage, many of which tests ask for, need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class _TorchWithoutAccelerators:
