@@ -35,12 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: collections of garbage, many of which tests ask for, need not look through it again."""
-    gc.collect()
-    gc.freeze()
-
-
 class _TorchWithoutAccelerators:
     """torch, but for the attribute that diffusers before 0.42 asks for a device and gets None without a GPU."""
 
@@ -48,6 +42,13 @@ class _TorchWithoutAccelerators:
         if name == "accelerator":
             raise AttributeError(name)
         return getattr(torch, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Collections of garbage, many of which tests ask for, need not look through what was there before their file."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
