@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import diffusers
@@ -14,6 +15,7 @@ from tests import tiny
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker: threads of two workers that wait for each other in spin loops cost more than they bring.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
 LONGEST_FILES = (
@@ -40,6 +42,13 @@ class _TorchWithoutAccelerators:
         if name == "accelerator":
             raise AttributeError(name)
         return getattr(torch, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Collections of garbage, many of which tests ask for, need not look through what was there before their file."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

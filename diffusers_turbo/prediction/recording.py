@@ -114,6 +114,13 @@ def _normed(x: Tensor, shape: list[int], *_: Any) -> tuple[Tensor, Tensor, Tenso
     return x.new_empty(x.shape), mean, spread
 
 
+def _group_normed(x: Tensor, _weight: Any, _bias: Any, rows: int, _c: int, _hw: int, groups: int, _eps: float) -> Any:
+    """Of what is contiguous, as `group_norm` hands it over off the CPU; another layout is left to the slow code."""
+    if not x.is_contiguous():
+        return None
+    return torch.empty_like(x), x.new_empty(rows, groups), x.new_empty(rows, groups)
+
+
 # Most of a network's operators, whose results are plain to see: the meta device's own code for them is slow Python.
 _QUICK: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor), _like_first),
@@ -121,6 +128,7 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_aten.mm.default, _aten.bmm.default), _product),
     _aten.addmm.default: lambda bias, left, right: _product(left, right),
     _aten.native_layer_norm.default: _normed,
+    _aten.native_group_norm.default: _group_normed,
 }
 
 

@@ -17,8 +17,6 @@ from tests import tiny
 from tests.actions.starved import MESSAGE, Starved, actions, offload, on, once, part
 from tests.state import differences, state_of
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 GIVEN = ("nothing", "model", "block")
 LEAF = ("enable_group_offload", {"offload_type": "leaf_level"})
 STAGES = [

@@ -18,8 +18,6 @@ from tests.actions.starved import MESSAGE, Starved, actions, on, once
 from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 MODEL = ("enable_model_cpu_offload", {})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from typing import Any
 
 import pytest
@@ -15,15 +14,6 @@ from diffusers_turbo.bench.running import Contender
 from diffusers_turbo.verification.check import Yardstick
 from tests import tiny
 from tests.bench.runs import Calls, Log
-
-
-@pytest.fixture(scope="module")
-def quick_collections():
-    """A run collects garbage often; what the imports have left for good need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

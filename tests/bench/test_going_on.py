@@ -12,8 +12,6 @@ from diffusers_turbo.bench.results import Results, Status
 from diffusers_turbo.errors import InvalidOptionError
 from tests.bench.runs import SDPA, STOCK, make_job, measure
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(model, tmp_path, log):
     job, path = make_job(model, STOCK, SDPA, warmup=2), tmp_path / "results.json"

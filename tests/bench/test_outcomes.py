@@ -19,8 +19,6 @@ from diffusers_turbo.errors import InvalidOptionError
 from diffusers_turbo.planning import options as opt
 from tests.bench.runs import CHANNELS_LAST, SDPA, STOCK, make_job, measure
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.fixture
 def failing(monkeypatch) -> None:

@@ -16,8 +16,6 @@ from diffusers_turbo.errors import InvalidOptionError
 from tests import tiny
 from tests.bench.runs import SDPA, STOCK, files_in, make_job, measure
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 def refusal(job: Job, folder: Path, **options: Any) -> str:
     """The one line that the user reads; whatever lies in the folder stays as it is."""

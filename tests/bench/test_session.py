@@ -16,8 +16,6 @@ from diffusers_turbo.planning import options as opt
 from tests.bench.runs import CHANNELS_LAST, SDPA, STOCK, TILED, make_job, measure
 from tests.test_exactness import EMOJI
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 def test_rounds_go_by_turns_and_warm_up_is_kept_apart(model, tmp_path, log, calls):
     found = measure(make_job(model, STOCK, SDPA, warmup=2), tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,20 @@ from PIL import Image
 
 from diffusers_turbo import Plan
 from diffusers_turbo.__main__ import main
+from diffusers_turbo.bench import rates
 from diffusers_turbo.bench.suites import read_suite
 from diffusers_turbo.cli.arguments import height_and_width, spread_lists
 from tests.test_exactness import EMOJI
 
 MODEL = ["--model", str(EMOJI), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rates_measured_once() -> Iterator[None]:
+    """Every command of bench takes a second or two to find out how fast the machine is; here only the first does."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(rates, "measure_rates", functools.cache(rates.measure_rates))
+        yield
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:

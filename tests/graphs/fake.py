@@ -47,6 +47,17 @@ class _Made:
         self.number = number
 
 
+def _filled(recorded: Any, values: dict[int, Tensor]) -> Any:
+    """Arguments with the tensors made meanwhile in their places; `tree_map` knows more and takes longer than a run."""
+    if isinstance(recorded, _Made):
+        return values[recorded.number]
+    if isinstance(recorded, (list, tuple)):
+        return type(recorded)(_filled(item, values) for item in recorded)
+    if isinstance(recorded, dict):
+        return {name: _filled(item, values) for name, item in recorded.items()}
+    return recorded
+
+
 class FakeCapture:
     """Records the operators that a run calls and calls them again, on the weights that lay there then."""
 
@@ -73,8 +84,9 @@ class FakeCapture:
         values: dict[int, Tensor] = {}
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for func, args, kwargs, made in self.operators:
-                given = tree_map(lambda x: values[x.number] if isinstance(x, _Made) else x, (args, kwargs))
-                for number, leaf in zip(made, tree_leaves(func(*given[0], **given[1])), strict=True):
+                result = func(*_filled(args, values), **_filled(kwargs, values))
+                leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+                for number, leaf in zip(made, leaves, strict=True):
                     if number >= 0:
                         values[number] = leaf
             for target, number in self.results:

@@ -161,6 +161,7 @@ def test_the_quick_operators_make_what_the_slow_ones_make():
             F.silu(turned),
             F.gelu(x[..., :4]),
             F.layer_norm(x, (8,)),
+            F.group_norm(x, 3),
             flat @ weight,
             torch.bmm(x, weight.expand(2, 8, 4)),
             torch.addmm(weight[0], flat, weight),
@@ -181,6 +182,11 @@ def test_a_norm_makes_its_statistics_too():
     statistics = 4 * 6 * 4  # in fp32, as a GPU computes them
     made = [event.size for event in recorder.events if isinstance(event, Made)]
     assert made == [x.nbytes, x.nbytes, statistics, statistics]
+    with torch.no_grad(), Recorder() as recorder:
+        F.group_norm(x, 3)
+    statistics = 4 * 3 * 2  # in the picture's own dtype
+    made = [event.size for event in recorder.events if isinstance(event, Made)]
+    assert made == [x.nbytes, statistics, statistics]
 
 
 @pytest.mark.parametrize(
