@@ -5,6 +5,8 @@ python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--onl
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
     geglu             projection, then the kernel that halves it; both in one kernel, with several tiles
     projections       queries, keys and values by three products, by one
+    residual          a product, then its addition to the residual and the norm of the sum in one kernel; the addition
+                      in the product, then the norm alone (without biases, which would go into the norms)
     cross-attention   queries, attention over 77 tokens, output; the same with the prompt's keys folded into the weights
                       of the queries and its values into those of the output, both made once a call
 
@@ -123,6 +125,9 @@ def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
         elif type(module).__name__ == "Attention":
             kind = "cross-attention" if module.is_cross_attention else "projections"
             found[kind][(*x.shape, module.heads)] += 1
+            found["residual"][(x.numel() // x.shape[-1], x.shape[-1], x.shape[-1])] += 1
+        elif type(module).__name__ == "FeedForward":
+            found["residual"][(x.numel() // x.shape[-1], 4 * x.shape[-1], x.shape[-1])] += 1
 
     for module in unet.modules():
         module.register_forward_hook(note)
@@ -155,7 +160,7 @@ def convolution(shape: tuple[int, ...], draw: Any) -> Any:
 
     ways = {"cudnn": lambda: by_cudnn(False), "cudnn, searched": lambda: by_cudnn(True)}
     if batch * down * across <= 2048:
-        ways["product"] = by_product
+        ways["patches"] = by_product
     wide = lambda: F.conv2d(x.float(), weight.float(), stride=stride, padding=1)  # noqa: E731
     return ways, wide, 2 * batch * down * across * out * channels * 9
 
@@ -181,6 +186,25 @@ def projections(shape: tuple[int, ...], draw: Any) -> Any:
         "one": lambda: F.linear(x, weight),
     }
     return ways, None, 6 * batch * tokens * width * width
+
+
+def residual(shape: tuple[int, ...], draw: Any) -> Any:
+    rows, depth, width = shape
+    x, stream, weight = draw(rows, depth), draw(rows, width), draw(width, depth, scale=depth**-0.5)
+    affine = (torch.ones_like(weight[:, 0]), torch.zeros_like(weight[:, 0]), 1e-5)
+    add_and_norm = KERNELS["add_layer_norm"].run
+
+    def in_the_product() -> Tensor:
+        return F.layer_norm(torch.addmm(stream, x, weight.T), (width,), *affine)
+
+    ways = {
+        "two kernels": lambda: add_and_norm(F.linear(x, weight), stream, *affine)[1],
+        "added within": in_the_product,
+    }
+    ways["product alone"] = lambda: F.linear(x, weight)
+    ways["product and sum"] = lambda: torch.addmm(stream, x, weight.T)
+    wide = lambda: F.layer_norm(F.linear(x.float(), weight.float()) + stream.float(), (width,))  # noqa: E731
+    return ways, wide, 2 * rows * depth * width
 
 
 def cross_attention(shape: tuple[int, ...], draw: Any) -> Any:
@@ -213,7 +237,7 @@ def cross_attention(shape: tuple[int, ...], draw: Any) -> Any:
 
     everything = (x, key, value, into, out, bias)
     ways = {"apart": lambda: apart(*everything), "folded": folded}
-    ways["products of folded"] = lambda: torch.bmm(torch.bmm(x, folded_key), folded_value)
+    ways["product of the folded"] = lambda: torch.bmm(torch.bmm(x, folded_key), folded_value)
     wide = lambda: apart(*(tensor.float() for tensor in everything))  # noqa: E731
     return ways, wide, 4 * batch * tokens * width * (width + PROMPT)
 
@@ -222,12 +246,14 @@ KINDS = {
     "convolution": convolution,
     "geglu": geglu,
     "projections": projections,
+    "residual": residual,
     "cross-attention": cross_attention,
 }
 TINY = {
     "convolution": {(1, 8, 4, 4, 8, 1): 1, (1, 8, 5, 4, 8, 2): 1},
     "geglu": {(24, 32, 48): 1},
     "projections": {(1, 4, 8, 2): 1},
+    "residual": {(12, 8, 16): 1},
     "cross-attention": {(2, 4, 16, 2): 1},
 }
 
@@ -251,7 +277,7 @@ def errors(case: Case) -> dict[str, float]:
     exact, found = case.wide(), {}
     for name, way in case.ways.items():
         output = way()
-        if output.shape == exact.shape and "products" not in name:
+        if output.shape == exact.shape and "product" not in name:
             found[name] = ((output.float() - exact).norm() / exact.norm()).item()
     return found
 

@@ -14,6 +14,8 @@ from diffusers_turbo.errors import InvalidOptionError
 from diffusers_turbo.kernels import KERNELS
 from diffusers_turbo.planning.options import ACTIONS, make_options
 
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+
 
 @pytest.mark.parametrize("case", builtin_cases().values(), ids=lambda case: case.name)
 def test_builtin_case(case):
@@ -29,8 +31,17 @@ def test_the_builtin_cases_throw_every_switch():
     assert thrown == set(ACTIONS) - {"load_exported_unet"}
 
 
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_cases_of_the_measurements_are_sound(path):
+    cases = read_cases(path)
+    assert cases.keys().isdisjoint(builtin_cases())
+    for case in cases.values():
+        assert case.description
+        assert [switch.make_options().action for switch in case.switches] == [switch.action for switch in case.switches]
+
+
 def test_the_cases_that_tell_the_fused_kernels_apart():
-    cases = read_cases(Path(__file__).parents[2] / "docs" / "benchmarks" / "fused-kernels.toml")
+    cases = read_cases(BENCHMARKS / "fused-kernels.toml")
     alone = [case.switches[1].make_options().as_dict() for case in cases.values() if len(case.switches) == 3]
     kernels = list(KERNELS)
     expected = [dict.fromkeys(kernels, True), *({name: name == one for name in kernels} for one in kernels)]
