@@ -23,7 +23,7 @@ from .facts.probing import require_device
 from .mixin import TurboMixin
 from .planning.memory import estimate_memory
 from .planning.planner import plan as make_plan
-from .planning.timing import moves_weights
+from .planning.timing import STEPS, moves_weights
 from .prediction.where_tight import PredictWhereTight
 from .verification.blame import settle
 from .verification.check import Yardstick
@@ -62,6 +62,7 @@ def auto_optimize(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
+    steps: int = STEPS,
     images: int | None = None,
     vram_budget: int | str | None = None,
     dtype: str = "keep",
@@ -78,6 +79,7 @@ def auto_optimize(
             offload brings them, so that a pipeline larger than the card needs no `.to("cuda")` that would fail.
         height, width: size of the pictures in pixels; by default the model's own.
         batch_size: pictures per call.
+        steps: denoising steps of a call: the fewer, the less offload by layers costs beside offload by models.
         images: how many pictures will be made in all; decides whether compiling pays.
         vram_budget: bytes, or text such as "6GB"; by default what is free.
         dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change of dtype is
@@ -108,6 +110,7 @@ def auto_optimize(
         height=height,
         width=width,
         batch_size=batch_size,
+        steps=steps,
         images=images,
         vram_budget=vram_budget,
         dtype=dtype,

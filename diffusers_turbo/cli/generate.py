@@ -67,7 +67,7 @@ def generate(
         size_of(pipe, job)
         if not plain:
             wanted: dict[str, Any] = {"vram_budget": vram, "exact": exact, "tier": tier, "images": images}
-            auto_optimize(pipe, device=place, height=height, width=width, **wanted)
+            auto_optimize(pipe, device=place, height=height, width=width, steps=steps, **wanted)
     written, seconds = [], []
     with progress_bar() as tell:
         for number in range(images):

@@ -12,6 +12,7 @@ from ..facts.device import probe as probe_device
 from ..planning.memory import estimate_memory
 from ..planning.plan import Plan
 from ..planning.planner import plan as make_plan
+from ..planning.timing import STEPS
 from ..planning.units import gib
 from ..prediction.predict import Predictor
 from ..prediction.result import MemoryPrediction
@@ -55,6 +56,7 @@ def plan(
     ] = "keep",
     size: arg.Size = None,
     batch: Annotated[int, typer.Option(help="Pictures per call.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a call; decides which offload costs least.")] = STEPS,
     images: Annotated[
         int | None, typer.Option(help="How many pictures in all; decides whether compiling pays.")
     ] = None,
@@ -77,6 +79,7 @@ def plan(
         height=height,
         width=width,
         batch_size=batch,
+        steps=steps,
         images=images,
         vram_budget=vram,
         dtype=cast,

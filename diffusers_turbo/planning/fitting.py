@@ -21,7 +21,7 @@ from .options import (
     VAETiling,
 )
 from .request import Situation, Verdict, leave, take
-from .timing import STEPS, moves_weights
+from .timing import moves_weights
 from .units import gib
 
 TILE_SIZES = (512, 256)
@@ -196,7 +196,7 @@ def judge_memory(situation: Situation, tried: Sequence[Estimated], chosen: Estim
         elif plain <= usable:
             verdicts.append(leave(option, f"Not needed: the peak with margin is {gib(plain)} of {gib(usable)} usable."))
         else:
-            verdicts.append(leave(option, _why_left(option, tried, chosen, usable)))
+            verdicts.append(leave(option, _why_left(option, situation, tried, chosen, usable)))
     return verdicts
 
 
@@ -260,7 +260,9 @@ def _why_taken(
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
-    seconds = f"up to {chosen.added_seconds:.1f} s to a call of {STEPS} steps at the bus rates of an H100"
+    seconds = (
+        f"up to {chosen.added_seconds:.1f} s to a call of {situation.request.steps} steps at the bus rates of an H100"
+    )
     if isinstance(option, PartialOffload):
         meanwhile = "leave while other components work" if option.denoiser_leaves else "stay between pictures too"
         return (
@@ -277,7 +279,7 @@ def _cheapest_without(option: Options, tried: Sequence[Estimated], chosen: Estim
     return min(earlier, default=tried[0].needed_bytes)
 
 
-def _why_left(option: Options, tried: Sequence[Estimated], chosen: Estimated, usable: int) -> str:
+def _why_left(option: Options, situation: Situation, tried: Sequence[Estimated], chosen: Estimated, usable: int) -> str:
     position = tried.index(chosen)
     with_it = [item for item in tried if item.rung.has(type(option))]
     if not with_it:
@@ -286,9 +288,8 @@ def _why_left(option: Options, tried: Sequence[Estimated], chosen: Estimated, us
     if before:
         least = min(before, key=lambda item: item.needed_bytes)
         if least.needed_bytes <= usable:
-            more = (
-                f"{least.added_seconds:.1f} s to a call of {STEPS} steps where the plan adds {chosen.added_seconds:.1f}"
-            )
+            call = f"{least.added_seconds:.1f} s to a call of {situation.request.steps} steps"
+            more = f"{call} where the plan adds {chosen.added_seconds:.1f}"
             return f"It would fit with {gib(least.needed_bytes)} of {gib(usable)} usable, but adds up to {more}."
         return f"It is not enough: {gib(least.needed_bytes)} with margin of {gib(usable)} usable."
     fits = "fits" if chosen.needed_bytes <= usable else "is the thriftiest there is"

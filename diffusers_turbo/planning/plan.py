@@ -58,7 +58,7 @@ class Alternative:
         lean: whether copies of weights and graphs, which are for speed, were done without.
         exact: whether the memory switches leave the picture as it is, up to rounding.
         peak_bytes, needed_bytes: the estimated peak, and with its margin.
-        added_seconds: what moving weights adds to a call of `timing.STEPS` steps, at most, at the bus rates of an H100.
+        added_seconds: what moving weights adds to a call of the steps asked for, at most, at the bus rates of an H100.
         fits: whether it fits, None where it is not known what is usable.
     """
 
@@ -151,7 +151,8 @@ class Plan:
         if not self.alternatives or self.alternatives[0].fits is not False:
             return []
         fitting = [item.added_seconds for item in self.alternatives if item.fits and item.exact]
-        lines = [f"Ways to fit (peak with margin, what moving weights adds to a call of {STEPS} steps at most):"]
+        call = f"a call of {self.request.get('steps', STEPS)} steps"
+        lines = [f"Ways to fit (peak with margin, what moving weights adds to {call} at most):"]
         for item in self.alternatives:
             beaten = any(other.beats(item) for other in self.alternatives)
             if beaten or (not item.exact and item.added_seconds >= min(fitting, default=float("inf"))):

@@ -33,7 +33,7 @@ from .speed import (
     sm_text,
 )
 from .tiers import Tier, judge_tier, settle_tier
-from .timing import added_seconds, moves_weights
+from .timing import STEPS, added_seconds, moves_weights
 from .units import gib
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
+    steps: int = STEPS,
     images: int | None = None,
     vram_budget: int | str | None = None,
     dtype: str = "keep",
@@ -62,6 +63,7 @@ def plan(
         facts: the device's facts, from `probe()` or `DeviceFacts.card("RTX 3060")`.
         height, width: pixels; by default the model's own.
         batch_size: pictures per call.
+        steps: denoising steps of a call: the fewer, the less offload by layers costs beside offload by models.
         images: how many pictures will be made in all; decides whether compiling pays.
         vram_budget: bytes, or text such as "6GB"; by default what is free.
         dtype: "keep", "auto" (half precision where it is safe), or a name such as "float16". A change is lossy.
@@ -82,6 +84,7 @@ def plan(
         height=height,
         width=width,
         batch_size=batch_size,
+        steps=steps,
         images=images,
         vram_budget=vram_budget,
         dtype=dtype,
@@ -162,7 +165,7 @@ class _Draft:
         return Estimated(
             rung=self.rung,
             needed_bytes=self.estimate.needed_bytes,
-            added_seconds=added_seconds(situation.pipeline, self.rung.options),
+            added_seconds=added_seconds(situation.pipeline, self.rung.options, situation.request.steps),
         )
 
 

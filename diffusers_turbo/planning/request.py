@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidOptionError, explain_failure
 from .options import Options, dtype_name
+from .timing import STEPS
 from .units import parse_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Request:
     Attributes:
         height, width: pixels; None takes the model's own.
         batch_size: pictures per call.
+        steps: denoising steps of a call, at each of which offload by layers moves weights.
         images: how many pictures will be made in all, None when unknown: decides whether compiling pays.
         vram_budget: bytes, or text such as "6GB", that the plan may use at most; None is what is free.
         dtype: "keep", "auto", "float16", "bfloat16" or "float32".
@@ -35,6 +37,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     batch_size: int = 1
+    steps: int = STEPS
     images: int | None = None
     vram_budget: int | str | None = None
     dtype: str = "keep"
@@ -48,9 +51,9 @@ class Request:
             raise _refuse("dtype", self.dtype, f"one of {', '.join(DTYPES)}", 'use "keep" or "auto"')
         if self.tier not in (None, *TIERS):
             raise _refuse("tier", self.tier, f"one of {', '.join(TIERS)}, or None", 'use "fastest", or leave it out')
-        for name in ("height", "width", "batch_size", "images"):
+        for name in ("height", "width", "batch_size", "steps", "images"):
             value = getattr(self, name)
-            if value is None and name != "batch_size":
+            if value is None and name not in ("batch_size", "steps"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise _refuse(name, value, "a positive integer", f"give {name} as a positive number")

@@ -13,7 +13,7 @@ from . import gains
 from .options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload
 
 STEPS = 30
-"""Denoising steps of the call that is meant: plans are not asked for a number."""
+"""Denoising steps of the call that is meant, where nobody says how many."""
 
 
 def added_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int = STEPS) -> float:

@@ -135,8 +135,8 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
     try:
         if given.way == OURS:
             budget = cap if cap is not None else given.budget and int(given.budget * GB)
-            options: dict[str, Any] = {"height": side, "width": side, "vram_budget": budget, "exact": given.exact}
-            pipe = auto_optimize(pipe, **options)
+            options: dict[str, Any] = {"vram_budget": budget, "exact": given.exact}
+            pipe = auto_optimize(pipe, height=side, width=side, steps=steps, **options)
             report = pipe.turbo_report().plan
             row["steps"] = {step.action: dict(step.options) for step in report.steps}
             row["predicted_bytes"] = report.after.peak_bytes if report.after else None

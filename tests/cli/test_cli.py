@@ -172,9 +172,9 @@ def test_probe_and_plan(capsys):
     assert "SDPA kernels: flash" in told(capsys)
     assert main(["probe", "--card", "T4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sm"] == [7, 5]
-    assert main(["plan", "--arch", "sd15", "--card", "RTX 3060", "--size", "768x512", "--json"]) == 0
+    assert main(["plan", "--arch", "sd15", "--card", "RTX 3060", "--size", "768x512", "--steps", "4", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["request"]["width"], plan["request"]["height"]) == (768, 512)
+    assert [plan["request"][name] for name in ("width", "height", "steps")] == [768, 512, 4]
     assert [stage["stage"] for stage in plan["predicted"]["stages"]] == ["encode", "denoise", "decode"]
     assert plan["predicted"]["margin"] == 0.15, "no peak was measured on an RTX 3060"
     read = json.loads(Plan.from_json(json.dumps(plan)).to_json())

@@ -219,6 +219,7 @@ def test_a_pipeline_is_read_and_not_touched():
         ({"width": 0}, "width = 0; needed: a positive integer"),
         ({"height": 512.0}, "height = 512.0; needed: a positive integer"),
         ({"batch_size": 0}, "batch_size = 0; needed: a positive integer"),
+        ({"steps": None}, "steps = None; needed: a positive integer"),
         ({"batch_size": None}, "batch_size = None"),
         ({"images": -1}, "images = -1; needed: a positive integer"),
         ({"dtype": "int8"}, "dtype = 'int8'; needed: one of keep, auto"),

@@ -94,6 +94,18 @@ def test_a_plan_shows_the_ways_that_it_weighed():
     assert "Ways to fit" not in roomy.explain()
 
 
+def test_few_steps_make_offload_by_layers_the_cheaper_one():
+    """A model comes and goes once a call, a layer at every step."""
+    few, many = (plan(facts_of("sd15"), DeviceFacts.card("RTX 3060"), vram_budget="1.5GB", steps=n) for n in (2, 30))
+    assert [[step.action for step in made.steps if "offload" in step.action] for made in (few, many)] == [
+        ["enable_group_offload"],
+        ["enable_partial_offload"],
+    ]
+    assert "to a call of 2 steps" in few.explain()
+    assert "to a call of 30 steps" in many.explain()
+    assert many == plan(facts_of("sd15"), DeviceFacts.card("RTX 3060"), vram_budget="1.5GB")
+
+
 def test_what_would_fit_and_is_slower_is_not_said_to_be_too_large():
     situation = settle(facts_of("sdxl"), DeviceFacts.card("RTX 3060"), Request(vram_budget=5))
     tried = [way(10, 0.0), way(6, 2.0, ModelOffload()), way(4, 9.0, SequentialOffload()), way(5, 3.0, GroupOffload())]
