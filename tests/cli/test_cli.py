@@ -159,6 +159,7 @@ def test_generate(tmp_path, capsys):
     told_json = json.loads(capsys.readouterr().out)
     assert [Path(name).name for name in told_json["files"]] == ["rocket-1.png", "rocket-2.png"]
     assert told_json["report"]["plan"]["steps"]
+    assert told_json["report"]["plan"]["request"]["steps"] == 2
     with Image.open(told_json["files"][0]) as first, Image.open(told_json["files"][1]) as second:
         assert first.size == (128, 128)
         assert first.tobytes() != second.tobytes()
