@@ -100,11 +100,16 @@ def _leave_out_of_checkpoints(fused: nn.Module) -> None:
         fused.register_buffer(field, weight.data, persistent=False)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def join(attn: Any) -> None:
-    """Make a layer's projections slices of its fused weights, which take on their values, dtype and device."""
+    """Make a layer's projections slices of its fused weights, which take on their values, dtype and device.
+
+    Weights that offload has taken away, and left on the meta device, have no values to take on.
+    """
     for whole, sources in _fused_weights(attn):
-        if all(map(_is_same_memory, sources, _slices(whole, sources))):
+        gone = sources[0].is_meta and not whole.is_meta
+        if gone or all(map(_is_same_memory, sources, _slices(whole, sources))):
             continue
         together = torch.cat([source.data for source in sources])
         if (whole.dtype, whole.device) == (together.dtype, together.device):

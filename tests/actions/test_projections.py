@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_turbo import turbo
+from diffusers_turbo.actions.projections import join
 from diffusers_turbo.attention import attention_layers
 from tests import tiny
 from tests.state import differences, state_of
@@ -112,3 +113,22 @@ def test_gradients_reach_the_separate_weights(fused):
         layer(states).square().sum().backward()
     for projection in (layer.to_q, layer.to_k, layer.to_v):
         assert projection.weight.grad.abs().sum() > 0
+
+
+def test_what_is_joined_in_inference_mode_may_learn_afterwards(fused):
+    fused.to(torch.float64)
+    with torch.inference_mode():
+        tiny.picture(fused, steps=1)
+    layer = _layer(fused)
+    with torch.enable_grad():
+        layer(torch.randn(1, 4, layer.to_q.in_features, dtype=torch.float64)).sum().backward()
+    assert layer.to_q.weight.grad is not None
+
+
+def test_weights_that_offload_took_away_are_waited_for(fused):
+    layer = _layer(fused)
+    before = layer.to_qkv.weight.clone()
+    for projection in (layer.to_q, layer.to_k, layer.to_v):
+        projection.weight = torch.nn.Parameter(projection.weight.data.to("meta"))
+    join(layer)
+    assert torch.equal(layer.to_qkv.weight, before)
