@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ class Joined:
     def revert(self) -> None:
         """Give each projection memory of its own again."""
         for whole, sources in _fused_weights(self.attn):
-            for source, part in zip(sources, _slices(whole, sources), strict=True):
-                if _is_same_memory(source, part):
-                    source.data = part.clone()
+            for source, in_place in zip(sources, _are_in_place(sources, whole), strict=True):
+                if in_place:
+                    source.data = source.data.clone()
 
 
 def apply(pipe: Any, options: FusedQKV) -> Journal:
@@ -109,33 +110,40 @@ def join(attn: Any) -> None:
     """
     for whole, sources in _fused_weights(attn):
         gone = sources[0].is_meta and not whole.is_meta
-        if gone or all(map(_is_same_memory, sources, _slices(whole, sources))):
+        if gone or all(_are_in_place(sources, whole)):
             continue
         together = torch.cat([source.data for source in sources])
         if (whole.dtype, whole.device) == (together.dtype, together.device):
             whole.copy_(together)
         else:
             whole.data = together
-        for source, part in zip(sources, _slices(whole, sources), strict=True):
+        parts = torch.split(whole.data, [len(source) for source in sources])
+        for source, part in zip(sources, parts, strict=True):
             source.data = part
 
 
 def _fused_weights(attn: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Give each fused weight and bias of a layer with the separate ones, while no adapter wraps these."""
+    modules = attn._modules  # of every layer at every call: attributes of modules are slow to look up
     for name, parts in FUSED_FROM.items():
-        fused, projections = getattr(attn, name, None), [getattr(attn, part, None) for part in parts]
+        fused, projections = modules.get(name), [modules.get(part) for part in parts]
         if fused is None or not are_plain(*projections):
             continue
-        for field in ("weight", "bias"):
-            if (whole := getattr(fused, field)) is not None:
+        for field, whole in fused._buffers.items():
+            if whole is not None:
                 yield whole, [getattr(projection, field) for projection in projections]
 
 
-def _slices(whole: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.split(whole.data, [len(source) for source in sources])
+def _are_in_place(sources: list[Tensor], whole: Tensor) -> list[bool]:
+    """Of each part of a whole, in their order, whether it lies where it belongs."""
+    starts = accumulate((source.numel() for source in sources), initial=0)
+    return [_is_at(start, source, whole) for start, source in zip(starts, sources, strict=False)]
 
 
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    # Tensor.is_set_to() does the same, but not on the meta device
-    where = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in (one, other)]
-    return where[0] == where[1]
+def _is_at(start: int, source: Tensor, whole: Tensor) -> bool:
+    if source.dtype != whole.dtype or not source.is_contiguous():
+        return False
+    if whole.is_meta:  # where there are no addresses
+        same = source.untyped_storage()._cdata == whole.untyped_storage()._cdata
+        return same and source.storage_offset() == whole.storage_offset() + start
+    return source.data_ptr() == whole.data_ptr() + start * whole.element_size()

@@ -91,9 +91,7 @@ class ExportedCall:
         if self._watch is None:
             self._watch = Watch(self.module)
         elif not self._alive:
-            fingerprint = self._watch.take()
-            changed = fingerprint != self._watch.fingerprint
-            self._watch.fingerprint = fingerprint
+            changed = self._watch.changed()
         numbers = self._watch.numbers()
         if changed or numbers != self._numbers:
             self._numbers = numbers

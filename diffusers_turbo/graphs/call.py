@@ -116,13 +116,10 @@ class GraphedCall:
         """Drop the graphs if what they baked in has changed."""
         if self._watch is None:
             self._watch, self.reason = Watch(self.module), why_not_capturable(self.module)
-        elif not (self._checked and self._calls_inside):
-            fingerprint = self._watch.take()
-            if fingerprint != self._watch.fingerprint:
-                self._watch.fingerprint = fingerprint
-                self.reason = why_not_capturable(self.module)
-                self.device = next(self.module.parameters()).device
-                self.clear()
+        elif not (self._checked and self._calls_inside) and self._watch.changed():
+            self.reason = why_not_capturable(self.module)
+            self.device = next(self.module.parameters()).device
+            self.clear()
         self._checked = True
         numbers = self._watch.numbers()
         if numbers != self._numbers:

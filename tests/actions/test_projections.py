@@ -71,6 +71,14 @@ def test_a_checkpoint_loaded_meanwhile_is_in_the_picture(fused):
     assert torch.equal(tiny.picture(fused), tiny.picture(other))
 
 
+def test_undoing_takes_apart_what_is_still_joined(fused):
+    layer = _layer(fused)
+    layer.to_k.weight.data = layer.to_k.weight.data * 0.5
+    fused.turbo_undo()
+    for projection in (layer.to_q, layer.to_k, layer.to_v):
+        assert projection.weight.untyped_storage().nbytes() == projection.weight.nbytes
+
+
 def _exchange_data(pipe):
     for layer in attention_layers(pipe.unet).values():
         layer.to_k.weight.data = layer.to_k.weight.data * 0.5
