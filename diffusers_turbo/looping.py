@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import torch
+
+from .facts.pipeline import device_without_hooks
 from .planning import options as opt
 from .switching import Switching
 
 
 class RelievesTheHost(Switching):
     """Part of TurboMixin: what keeps a GPU from waiting for Python."""
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where a call computes, as diffusers has it, in a tenth of the time; nothing runs before it is answered."""
+        device = device_without_hooks(self)
+        return super()._execution_device if device is None else device  # type: ignore[misc]
 
     def enable_sync_free_loop(self) -> None:
         """Exact: between the first step and the last the scheduler never makes the host wait for the GPU.

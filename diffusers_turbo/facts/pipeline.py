@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -148,6 +149,28 @@ def execution_device(pipe: Any) -> torch.device:
 
     device = torch.device(pipe._execution_device)
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def device_without_hooks(pipe: Any) -> torch.device | None:
+    """Return where a pipeline computes; None where hooks that move weights are to be asked for it.
+
+    `DiffusionPipeline._execution_device` comes to the same, but asks every module of every component for two attributes
+    that none has: 25 ms for SD1.5 and 29 for SDXL on one slow core, before anything runs.
+    """
+    import torch
+
+    places = []
+    for root in _modules(pipe).values():
+        waiting = [root]
+        while waiting:
+            state = vars(waiting.pop())
+            if "_hf_hook" in state or "_diffusers_hook" in state:
+                return None
+            waiting += [child for child in state["_modules"].values() if child is not None]
+        if (tensor := next(itertools.chain(root.parameters(), root.buffers()), None)) is not None:
+            places.append(tensor.device)
+    # of components on several devices, the accelerator counts
+    return next((place for place in places if place.type not in ("cpu", "meta")), (*places, torch.device("cpu"))[0])
 
 
 def read_pipeline(pipe: Any) -> PipelineFacts:
