@@ -101,8 +101,6 @@ def _leave_out_of_checkpoints(fused: nn.Module) -> None:
         fused.register_buffer(field, weight.data, persistent=False)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def join(attn: Any) -> None:
     """Make a layer's projections slices of its fused weights, which take on their values, dtype and device.
 
@@ -110,16 +108,20 @@ def join(attn: Any) -> None:
     """
     for whole, sources in _fused_weights(attn):
         gone = sources[0].is_meta and not whole.is_meta
-        if gone or all(_are_in_place(sources, whole)):
-            continue
-        together = torch.cat([source.data for source in sources])
-        if (whole.dtype, whole.device) == (together.dtype, together.device):
-            whole.copy_(together)
-        else:
-            whole.data = together
-        parts = torch.split(whole.data, [len(source) for source in sources])
-        for source, part in zip(sources, parts, strict=True):
-            source.data = part
+        if not gone and not all(_are_in_place(sources, whole)):
+            _join(sources, whole)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _join(sources: list[Tensor], whole: Tensor) -> None:
+    together = torch.cat([source.data for source in sources])
+    if (whole.dtype, whole.device) == (together.dtype, together.device):
+        whole.copy_(together)
+    else:
+        whole.data = together
+    for source, part in zip(sources, whole.data.split_with_sizes([len(source) for source in sources]), strict=True):
+        source.data = part
 
 
 def _fused_weights(attn: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:

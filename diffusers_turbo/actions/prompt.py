@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import attention_layers, layer_kind, why_kept
+from ..attention import attention_modules, layer_kind, why_kept
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.watch import why_not_capturable
 from ..planning.options import PromptProjections
@@ -35,7 +35,7 @@ class PromptCall(AheadCall):
 
     def find(self) -> list[Any]:
         """Return the `Attention` layers that attend to the prompt."""
-        return [attn for attn in attention_layers(self.root).values() if attn.is_cross_attention]
+        return [attn for attn in attention_modules(self.root) if attn.is_cross_attention]
 
     def carriers(self) -> list[nn.Module]:
         """Return the modules that project the prompt now."""

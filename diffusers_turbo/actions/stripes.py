@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graphs.watch import Watch
+from ..graphs.watch import Numbers
+from ..modules import modules_in
 from .undo import ABSENT, owned, put
 
 
@@ -83,12 +84,13 @@ class State:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         """Take the modules down."""
-        among = nn.ModuleList(modules)
-        self._watch, self._weights = Watch(among), list(among.parameters())
+        among = modules_in(*modules)
+        self._numbers = Numbers(among)
+        self._weights = [weight for module in among for weight in module._parameters.values() if weight is not None]
 
     def now(self) -> tuple[Any, ...]:
         """Return it as it is; a callback may change it between two steps."""
-        return (*((weight.data_ptr(), weight._version) for weight in self._weights), *self._watch.numbers())
+        return (*((weight.data_ptr(), weight._version) for weight in self._weights), *self._numbers.now())
 
 
 def side_by_side(parts: list[Tensor], width: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.watch import why_not_capturable
+from ..modules import modules_in
 from ..planning.options import TimeProjections
 from ..schedulers.host_index import view_index
 from .ahead import AheadCall, ComputesAhead
@@ -52,7 +53,7 @@ class TimeCall(AheadCall):
 
     def find(self) -> list[Any]:
         """Return the blocks that project the time embedding."""
-        return [module for module in self.root.modules() if getattr(module, "time_emb_proj", None) is not None]
+        return [module for module in modules_in(self.root) if module._modules.get("time_emb_proj") is not None]
 
     def carriers(self) -> list[nn.Module]:
         """Return the modules that embed and project the time now."""

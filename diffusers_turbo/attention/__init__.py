@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Tolerance, TurboAttnProcessor
 from .limits import AttentionLayer, Limits, layer_kind, read_layer, reasons_against
 from .naive import NaiveAttnProcessor
-from .registry import PROCESSORS, attention_layers, best_memory_efficient, why_kept
+from .registry import PROCESSORS, attention_layers, attention_modules, best_memory_efficient, why_kept
 from .sdpa import SDPAAttnProcessor
 from .sliced import SlicedAttnProcessor
 from .xformers import XFormersAttnProcessor
@@ -21,6 +21,7 @@ __all__ = [
     "TurboAttnProcessor",
     "XFormersAttnProcessor",
     "attention_layers",
+    "attention_modules",
     "best_memory_efficient",
     "layer_kind",
     "read_layer",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modules import modules_in
 from .base import TurboAttnProcessor
 from .limits import AttentionLayer
 from .naive import NaiveAttnProcessor
@@ -46,6 +47,13 @@ def attention_layers(model: nn.Module) -> dict[str, Any]:
     from diffusers.models.attention_processor import Attention
 
     return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The same without their names, which take most of the time."""
+    from diffusers.models.attention_processor import Attention
+
+    return [module for module in modules_in(model) if isinstance(module, Attention)]
 
 
 def why_kept(processor: object, kind: str | None = None) -> str | None:

@@ -159,14 +159,12 @@ def device_without_hooks(pipe: Any) -> torch.device | None:
     """
     import torch
 
+    from ..modules import modules_in
+
     places = []
     for root in _modules(pipe).values():
-        waiting = [root]
-        while waiting:
-            state = vars(waiting.pop())
-            if "_hf_hook" in state or "_diffusers_hook" in state:
-                return None
-            waiting += [child for child in state["_modules"].values() if child is not None]
+        if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules_in(root)):
+            return None
         if (tensor := next(itertools.chain(root.parameters(), root.buffers()), None)) is not None:
             places.append(tensor.device)
     # of components on several devices, the accelerator counts

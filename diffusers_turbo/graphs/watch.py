@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..modules import modules_in
+
 NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
 """Attributes of modules that change what they compute: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
 (diffusers.utils.torch_utils.apply_freeu)."""
@@ -44,26 +46,32 @@ class Watch:
         return now is None or now.what != before.what
 
     def _take(self) -> None:
-        modules: list[nn.Module] = []
-        self._holders: list[tuple[dict[str, Any], tuple[str, ...]]] = []
-        # nn.Module.modules() makes a dotted name for each one on the way, which is most of its time
-        waiting: list[nn.Module] = [self.root]
-        while waiting:
-            module = waiting.pop()
-            modules.append(module)
-            state = vars(module)
-            children = state["_modules"]
-            waiting += [child for child in children.values() if child is not None]
-            names = _WATCHED.intersection(state)
-            if "processor" in children:  # one with weights is a module
-                names |= {"processor"}
-            if names:
-                self._holders.append((state, tuple(sorted(names))))
+        modules = modules_in(self.root)
         self._modules = list(map(weakref.ref, modules))
+        self._numbers = Numbers(modules)
         self._seen = _look(modules)
 
     def numbers(self) -> tuple[Any, ...]:
         """Return the plain numbers and the processors in force."""
+        return self._numbers.now()
+
+
+class Numbers:
+    """What some modules compute with beside their weights: plain numbers and processors."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        """Find who has any."""
+        self._holders: list[tuple[dict[str, Any], tuple[str, ...]]] = []
+        for module in modules:
+            state = vars(module)
+            names = _WATCHED.intersection(state)
+            if "processor" in state["_modules"]:  # one with weights is a module
+                names |= {"processor"}
+            if names:
+                self._holders.append((state, tuple(sorted(names))))
+
+    def now(self) -> tuple[Any, ...]:
+        """Return them as they are."""
         found: list[Any] = []
         for state, names in self._holders:
             for name in names:
@@ -116,14 +124,19 @@ def _named(value: object) -> object:
 
 def why_not_capturable(root: nn.Module) -> str | None:
     """Return why a module's calls must not be captured, None when they may be."""
-    for name, module in root.named_modules():
-        place = f"{type(root).__name__}.{name}" if name else type(root).__name__
-        if any(hook in vars(module) for hook in HOOKS):
-            return f"{place} carries offload hooks, which move weights in the middle of a call"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{place} carries forward hooks, which a replay would not run"
-        if module.training and _draws_or_learns(module):
-            return f"{place} is in training mode"
-    if any(parameter.device.type == "meta" for parameter in root.parameters()):
+    modules = modules_in(root)
+    for module in modules:
+        if reason := _why_not_capturable(module):
+            name = next(name for name, other in root.named_modules() if other is module)
+            return f"{type(root).__name__}.{name} {reason}" if name else f"{type(root).__name__} {reason}"
+    if any(weight is not None and weight.is_meta for module in modules for weight in module._parameters.values()):
         return f"{type(root).__name__} has weights on the meta device"
     return None
+
+
+def _why_not_capturable(module: nn.Module) -> str | None:
+    if any(hook in vars(module) for hook in HOOKS):
+        return "carries offload hooks, which move weights in the middle of a call"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "carries forward hooks, which a replay would not run"
+    return "is in training mode" if module.training and _draws_or_learns(module) else None
