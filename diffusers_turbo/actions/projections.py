@@ -52,7 +52,6 @@ class Joined:
 
     attn: Any
 
-    @torch.no_grad()
     def revert(self) -> None:
         """Give each projection memory of its own again."""
         for whole, sources in _fused_weights(self.attn):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..facts.pipeline import upcasts_vae
-from ..graphs.watch import HOOKS
+from ..modules import is_hooked
 from ..planning.options import VAEUpcastCopy
 from .components import component, require_plain_weights
 from .undo import ABSENT, Journal, journaling, owned, put
@@ -89,7 +89,7 @@ class UpcastCopy:
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
         """Stand in for `to` inside the block."""
-        if owned(self.vae, "to") is not ABSENT or any(hook in vars(self.vae) for hook in HOOKS):
+        if owned(self.vae, "to") is not ABSENT or is_hooked(self.vae):
             yield  # somebody moves the weights
             return
         put(self.vae, "to", self)
@@ -134,7 +134,7 @@ def apply(pipe: Any, options: VAEUpcastCopy) -> Journal:
         found = f"a {type(pipe).__name__} whose VAE ({names}) is not cast for decoding"
         needed = "a pipeline such as SDXL's, in half precision, whose VAE's config has force_upcast"
         raise NotSupportedError(explain_failure(TRIED, found, needed, "leave this switch off"))
-    if any(hook in vars(module) for module in vae.modules() for hook in HOOKS):
+    if any(map(is_hooked, vae.modules())):
         found = "offload hooks on the VAE, which move its weights"
         raise NotSupportedError(
             explain_failure(TRIED, found, "a VAE that stays where it is", "disable_offload() first")

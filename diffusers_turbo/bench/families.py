@@ -60,11 +60,12 @@ def describe(kernels: Sequence[Kernel]) -> str:
         rows.setdefault(family_of(kernel.name), []).append(kernel.end - kernel.begin)
     launches: list[float] = []
     waits: list[float] = []
-    end = float("inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.begin):
+    in_turn = sorted(kernels, key=lambda kernel: kernel.begin)
+    end = in_turn[0].begin
+    for kernel in in_turn:
         if (gap := kernel.begin - end) > 0:
             (waits if gap >= WAIT_US else launches).append(gap)
-        end = kernel.end if end == float("inf") else max(end, kernel.end)
+        end = max(end, kernel.end)
     lines = [_line(name, spent) for name, spent in sorted(rows.items(), key=lambda row: -sum(row[1]))]
     lines.append(_line("gaps between kernels", launches))
     if waits:

@@ -159,11 +159,11 @@ def device_without_hooks(pipe: Any) -> torch.device | None:
     """
     import torch
 
-    from ..modules import modules_in
+    from ..modules import is_hooked, modules_in
 
     places = []
     for root in _modules(pipe).values():
-        if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules_in(root)):
+        if any(map(is_hooked, modules_in(root))):
             return None
         if (tensor := next(itertools.chain(root.parameters(), root.buffers()), None)) is not None:
             places.append(tensor.device)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..modules import modules_in
+from ..modules import is_hooked, modules_in
 
 NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
 """Attributes of modules that change what they compute: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
@@ -17,9 +17,6 @@ NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters",
 _WATCHED = frozenset((*NUMBERS, "processor"))
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
-
-HOOKS = ("_hf_hook", "_diffusers_hook")
-"""Where accelerate and diffusers hang hooks that move weights or run Python in the middle of a call."""
 
 
 class Watch:
@@ -135,7 +132,7 @@ def why_not_capturable(root: nn.Module) -> str | None:
 
 
 def _why_not_capturable(module: nn.Module) -> str | None:
-    if any(hook in vars(module) for hook in HOOKS):
+    if is_hooked(module):
         return "carries offload hooks, which move weights in the middle of a call"
     if module._forward_hooks or module._forward_pre_hooks:
         return "carries forward hooks, which a replay would not run"
