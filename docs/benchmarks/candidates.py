@@ -282,8 +282,17 @@ def errors(case: Case) -> dict[str, float]:
     return found
 
 
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    shape, error = "x".join(map(str, row["shape"])), f"{row['error']:.1e}" if row["error"] is not None else "-"
+    return (
+        f"{row['arch']:5} {row['kind']:16}{shape:24} x{row['count']:3} {row['way']:34}{row['us']:9.1f} us"
+        f"{row['tflops']:7.0f} TFLOP/s  {error:8} {row['saves_us_a_step']:9.1f}"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Measure, write, and print what a step would save."""
+    """Measure; write and print what a step would save, case by case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="where the JSON goes")
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
@@ -291,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds, calls, dtype = (7, 10, torch.float16) if device == "cuda" else (1, 1, torch.float32)
+    environment = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
     rows = []
     for arch in options.arch if device == "cuda" else ["tiny"]:
         work = work_of(arch) if device == "cuda" else TINY
@@ -313,14 +323,8 @@ def main(argv: list[str] | None = None) -> None:
                             "saves_us_a_step": round((now - micros) * case.count, 1),
                         }
                     )
-    environment = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
-    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        shape, error = "x".join(map(str, row["shape"])), f"{row['error']:.1e}" if row["error"] is not None else "-"
-        print(
-            f"{row['arch']:5} {row['kind']:16}{shape:24} x{row['count']:3} {row['way']:34}{row['us']:9.1f} us"
-            f"{row['tflops']:7.0f} TFLOP/s  {error:8} {row['saves_us_a_step']:9.1f}"
-        )
+                    print(line(rows[-1]), flush=True)
+                options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
