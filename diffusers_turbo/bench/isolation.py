@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import InvalidOptionError
 from .cases import Case
 from .results import Results, Status
-from .trace import KERNELS, TRACE
+from .trace import KERNELS, TRACE, WAITS
 
 USERS_FAULT = 64
 """Exit status of the process when no other case could run either; its last line on stderr says why."""
@@ -60,7 +60,7 @@ def measure_alone(results: Results, case: Case, beside: Path, *, trace: bool = F
             interrupted = True
             _, errors = process.communicate()
         after = Results.load(file)
-        for made in (*Path(folder).glob(f"*{KERNELS}"), *Path(folder).glob(f"*{TRACE}")):
+        for made in (path for end in (KERNELS, TRACE, WAITS) for path in Path(folder).glob(f"*{end}")):
             os.replace(made, beside.parent / made.name)
     if process.returncode == USERS_FAULT:
         raise InvalidOptionError(errors.strip().splitlines()[-1])

@@ -23,7 +23,7 @@ from .reading import refuse
 from .results import Results, Row, Status
 from .running import Contender, free_memory, outcomes_in, size_of
 from .tasks import size_inputs, task_inputs
-from .trace import trace_step
+from .trace import trace_step, trace_waits
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many rounds are done and how many there will be."""
@@ -201,6 +201,8 @@ class Session:
         try:
             if self.trace:
                 trace_step(contender, self.path.parent)
+                if is_cuda(self.job.device):
+                    trace_waits(contender, self.path.parent)
         except Exception as error:
             self._note(f"no trace of {case.name}: {_told(error)}")
         try:

@@ -1,4 +1,4 @@
-"""Where the time of one denoising step goes: kernels by family and one by one, and a trace for Chrome's viewer."""
+"""Where the time goes: a step's kernels by family and one by one, its trace for Chrome's viewer, the GPU's waits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from ..errors import NotSupportedError, explain_failure
 from .clock import synchronize
 from .families import describe, kernels_of
 from .running import Contender
+from .waits import describe_waits, watch
 from .writing import write_whole
 
 ROWS = 40
 """Lines of the table."""
 
-KERNELS, TRACE = "-kernels.txt", "-trace.json"
-"""How the names of the two files end."""
+KERNELS, TRACE, WAITS = "-kernels.txt", "-trace.json", "-waits.txt"
+"""How the names of the files end."""
+
+STEPS = 6
+"""Of the call whose waits are told: what comes before and after the steps is the same with more."""
 
 
 def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
@@ -68,6 +72,23 @@ def trace_step(contender: Contender, folder: Path) -> tuple[Path, Path]:
     finally:
         part.unlink(missing_ok=True)
     return kernels, chrome
+
+
+def trace_waits(contender: Contender, folder: Path) -> Path:
+    """Write into `NAME-waits.txt` what the host did while the GPU had nothing to do, in a call of a few steps.
+
+    Warm the contender up before.
+
+    Raises:
+        InvalidOptionError: the folder cannot be written to.
+    """
+    steps = min(STEPS, contender.job.steps)
+    call = contender.call(contender.job.batches[0], num_inference_steps=steps)
+    call()  # graphs are recorded for a schedule of so many steps
+    text = describe_waits(watch(call, contender.device))
+    path = folder / f"{contender.case.name}{WAITS}"
+    write_whole(path, f"{contender.case.name}, {steps} steps: {text}\n", "the waits")
+    return path
 
 
 def _cannot(contender: Contender, found: str) -> NotSupportedError:

@@ -63,7 +63,8 @@ def bench(
     dtype: arg.Dtype = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="Each configuration in a process of its own.")] = False,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Also write kernel table and Chrome trace of one step.")
+        bool,
+        typer.Option("--trace", help="Also write one step's kernel table and Chrome trace, and the GPU's waits."),
     ] = False,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Leave the VAE out of the calls.")] = True,
     out: Out = Path("bench"),
