@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from ..modules import is_hooked, modules_in
 NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
 """Attributes of modules that change what they compute: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
 (diffusers.utils.torch_utils.apply_freeu)."""
+
+OUTPUT_CAPTURING = "transformers.utils.output_capturing"
+"""Where the hooks come from that collect a text encoder's hidden states."""
 
 _WATCHED = frozenset((*NUMBERS, "processor"))
 
@@ -91,7 +95,12 @@ def _look(modules: list[Any]) -> _Seen:
     tensors = [x for table in tables for x in table.values() if x is not None]
     what = (
         [id(child) for state in states if state["_modules"] for child in state["_modules"].values()],
-        [(len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])) for state in states],
+        [
+            hook
+            for state in states
+            if state["_forward_hooks"] or state["_forward_pre_hooks"]
+            for hook in _hooks_of(state)
+        ],
         [state["training"] for state in states],
         [_named(state["forward"]) for state in states if "forward" in state],
         # an address that was freed comes back, and then under another shape
@@ -101,6 +110,16 @@ def _look(modules: list[Any]) -> _Seen:
         list(map(_DTYPE, tensors)),
     )
     return _Seen(list(map(len, states)), what)
+
+
+def _hooks_of(state: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return by their numbers the forward hooks of a module that a replay would have to run.
+
+    Those of transformers note hidden states for the model that they belong to, and only while it runs: all of which is
+    in the capture of that model (transformers.utils.output_capturing).
+    """
+    hooks = (*state["_forward_hooks"].items(), *state["_forward_pre_hooks"].items())
+    return tuple(number for number, hook in hooks if getattr(hook, "__module__", None) != OUTPUT_CAPTURING)
 
 
 def _draws_or_learns(module: nn.Module) -> bool:
@@ -134,6 +153,6 @@ def why_not_capturable(root: nn.Module) -> str | None:
 def _why_not_capturable(module: nn.Module) -> str | None:
     if is_hooked(module):
         return "carries offload hooks, which move weights in the middle of a call"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if _hooks_of(vars(module)):
         return "carries forward hooks, which a replay would not run"
     return "is in training mode" if module.training and _draws_or_learns(module) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.bench.tasks import for_task, task_inputs
@@ -83,6 +84,27 @@ def test_forward_hooks_run_and_are_reported():
     handle.remove()
     tiny.picture(graphed, steps=3)
     assert "hooks" not in str(graphed.turbo_report())
+
+
+def test_text_encoders_that_note_their_hidden_states_by_hooks_are_replayed():
+    stock, pipe = tiny.sdxl(), turbo(tiny.sdxl())
+    pipe.enable_cuda_graphs()
+    for _ in range(3):
+        assert torch.equal(tiny.picture(pipe, steps=2), tiny.picture(stock, steps=2))
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, name)
+        assert any(module._forward_hooks for module in encoder.modules()), "transformers has another way by now"
+        call = encoder._compiled_call_impl
+        assert (call.eager, call.captured, call.replayed, call.reason) == (1, 1, 2, None)
+    seen = []
+    linear = next(module for module in pipe.text_encoder.modules() if isinstance(module, nn.Linear))
+    handle = linear.register_forward_hook(lambda *_: seen.append(1))
+    tiny.picture(pipe, steps=2)
+    assert seen
+    assert "forward hooks" in pipe.text_encoder._compiled_call_impl.reason
+    handle.remove()
+    tiny.picture(pipe, steps=2)
+    assert pipe.text_encoder._compiled_call_impl.reason is None
 
 
 def test_offload_runs_eagerly_and_graphs_over_offload_are_refused():
