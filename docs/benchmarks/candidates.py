@@ -3,7 +3,7 @@
 python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--only geglu ...] [--arch sd15 sdxl]
 
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
-    geglu             projection, then the kernel that halves it; both in one kernel, by pointers or by TMA (on Hopper)
+    geglu             projection, then the kernel that halves it; both in one kernel, by pointers or, on Hopper, by TMA
     projections       queries, keys and values by three products, by one
     residual          a product, then its addition to the residual and the norm of the sum in one kernel; the addition
                       in the product, then the norm alone (without biases, which would go into the norms)
@@ -33,6 +33,16 @@ import triton.language as tl
 from kernels import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffusers_turbo.bench.architectures import build
@@ -192,6 +202,120 @@ def tma_geglu_kernel(
         tile_geglu(x, weight, bias, output, row, column, width, STEPS, ROWS, COLUMNS, DEPTH, PARTS, True)
 
 
+@gluon.jit
+def fetch_tiles(x, weight, ring, sizes, COLUMNS: gl.constexpr, TOGETHER: gl.constexpr):
+    """One warp: load into each slot of the ring as soon as both groups have freed it."""
+    lefts, rights, ready, free = ring
+    rows, width, steps = sizes
+    SLOTS: gl.constexpr = rights.shape[0]
+    PART: gl.constexpr = x.block_shape[0]
+    DEPTH: gl.constexpr = x.block_shape[1]
+    tiles = gl.cdiv(rows, 2 * PART) * gl.cdiv(width, COLUMNS)
+    count = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column = place_of(tile, rows, width, 2 * PART, COLUMNS, TOGETHER)
+        for step in range(steps):
+            slot = count % SLOTS
+            mbarrier.wait(free.index(slot), (count // SLOTS & 1) ^ 1)
+            here = ready.index(slot)
+            mbarrier.expect(here, 2 * x.block_type.nbytes + weight.block_type.nbytes)
+            tma.async_copy_global_to_shared(x, [row, step * DEPTH], here, lefts.index(2 * slot))
+            tma.async_copy_global_to_shared(weight, [0, column, step * DEPTH], here, rights.index(slot))
+            tma.async_copy_global_to_shared(x, [row + PART, step * DEPTH], here, lefts.index(2 * slot + 1))
+            count += 1
+
+
+@gluon.jit
+def multiply_tiles(
+    bias,
+    output,
+    ring,
+    ends,
+    sizes,
+    COLUMNS: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    HALF: gl.constexpr,
+    LATE: gl.constexpr,
+):
+    """One group of four warps: the upper or the lower `HALF` of each tile's rows, from product to output."""
+    lefts, rights, ready, free = ring
+    rows, width, steps = sizes
+    SLOTS: gl.constexpr = rights.shape[0]
+    PART: gl.constexpr = lefts.shape[1]
+    DEPTH: gl.constexpr = lefts.shape[2]
+    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    across = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    tiles = gl.cdiv(rows, 2 * PART) * gl.cdiv(width, COLUMNS)
+    end = ends.index(HALF)
+    if HALF * LATE:
+        # so that one group's end falls beside the other's products
+        mbarrier.wait(ready.index(LATE), 0)
+    count = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column = place_of(tile, rows, width, 2 * PART, COLUMNS, TOGETHER)
+        value_bias = gl.load(bias + column + across)
+        gate_bias = gl.load(bias + width + column + across)
+        both = gl.zeros((PART, 2 * COLUMNS), gl.float32, both_layout)
+        for step in range(steps):
+            slot = count % SLOTS
+            mbarrier.wait(ready.index(slot), count // SLOTS & 1)
+            right = rights.index(slot).reshape([2 * COLUMNS, DEPTH]).permute([1, 0])
+            both = warpgroup_mma(lefts.index(2 * slot + HALF), right, both, use_acc=step > 0, is_async=True)
+            both = warpgroup_mma_wait(1, [both])
+            mbarrier.arrive(free.index((count + SLOTS - 1) % SLOTS), pred=step > 0)
+            count += 1
+        both = warpgroup_mma_wait(0, [both])
+        mbarrier.arrive(free.index((count + SLOTS - 1) % SLOTS))
+        value, gate = both.reshape([PART, 2, COLUMNS]).permute([0, 2, 1]).split()
+        value = gl.convert_layout(value, layout, assert_trivial=True) + value_bias[None, :].to(gl.float32)
+        gate = gl.convert_layout(gate, layout, assert_trivial=True) + gate_bias[None, :].to(gl.float32)
+        result = (value * gelu(gate)).to(output.dtype)
+        tma.store_wait(0)
+        end.store(result)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(output, [row + HALF * PART, column], end)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def warps_geglu_kernel(
+    x,
+    weight,
+    bias,
+    output,
+    rows,
+    width,
+    steps,
+    SLOTS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    LATE: gl.constexpr,
+):
+    """As `tma_geglu_kernel`, persistent, one warp to load and two groups that do not wait for each other."""
+    PART: gl.constexpr = x.block_shape[0]
+    DEPTH: gl.constexpr = x.block_shape[1]
+    lefts = gl.allocate_shared_memory(x.dtype, [2 * SLOTS, PART, DEPTH], x.layout)
+    rights = gl.allocate_shared_memory(x.dtype, [SLOTS, 2, COLUMNS, DEPTH], weight.layout)
+    ends = gl.allocate_shared_memory(x.dtype, [2, PART, COLUMNS], output.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=2)
+    fence_async_shared()
+    ring, sizes = (lefts, rights, ready, free), (rows, width, steps)
+    gl.warp_specialize(
+        [
+            (multiply_tiles, (bias, output, ring, ends, sizes, COLUMNS, TOGETHER, 0, LATE)),
+            (multiply_tiles, (bias, output, ring, ends, sizes, COLUMNS, TOGETHER, 1, LATE)),
+            (fetch_tiles, (x, weight, ring, sizes, COLUMNS, TOGETHER)),
+        ],
+        [4, 1],
+        [232, 24],
+    )
+
+
 # rows, columns (of each half), depth, stages, warps
 TILES = [(128, 128, 64, 4, 8), (128, 128, 32, 4, 8)]
 # the same, tiles that run together, parts of the end
@@ -199,6 +323,8 @@ ONE_TILE = [(128, 128, 64, 4, 8, 8, 1), (128, 128, 64, 4, 8, 16, 2)]
 ONE_TILE += [(128, 64, 64, 3, 4, 8, 1), (128, 64, 64, 3, 8, 8, 1)]
 PERSISTENT = [(128, 128, 64, 4, 8, 8, 1), (128, 128, 64, 4, 8, 16, 1)]
 PERSISTENT += [(128, 128, 64, 4, 8, 8, 2), (128, 128, 64, 3, 8, 8, 1)]
+# columns (of each half), depth, slots, tiles that run together, slots by which the second group starts late
+WARPS = [(128, 64, 4, 8, 0), (128, 64, 4, 8, 2), (128, 64, 4, 16, 0), (64, 64, 6, 8, 0)]
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
@@ -232,6 +358,24 @@ def tma_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...], pe
         *(rows, columns, deep, together, parts, persistent),
         num_stages=stages,
         num_warps=warps,
+    )
+    return output
+
+
+def warps_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
+    """`linear_geglu` by warps with one task each, on Hopper only; tiles of 128 rows."""
+    (count, depth), width = x.shape, len(weight) // 2
+    columns, deep, slots, together, late = tile
+    output = x.new_empty(count, width)
+    described = []
+    for tensor, block in ((x, [64, deep]), (weight.view(2, width, depth), [2, columns, deep]), (output, [64, columns])):
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
+        described.append(GluonDescriptor.from_tensor(tensor, block, layout))
+    programs = triton.cdiv(count, 128) * triton.cdiv(width, columns)
+    programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    left, right, end = described
+    warps_geglu_kernel[(programs,)](
+        left, right, bias, end, count, width, depth // deep, slots, columns, together, late, num_warps=4
     )
     return output
 
@@ -301,6 +445,8 @@ def geglu(shape: tuple[int, ...], draw: Any) -> Any:
         tiny = [(16, 16, 16, 1, 1, 2, parts) for parts in (1, 2)]
         for tile in ONE_TILE if x.is_cuda else tiny:
             ways[f"by TMA {tile}"] = lambda tile=tile: tma_geglu(x, weight, bias, tile, False)
+        for tile in WARPS if x.is_cuda else []:
+            ways[f"by tasks {tile}"] = lambda tile=tile: warps_geglu(x, weight, bias, tile)
         # NumPy 2.4 refuses what the interpreter of Triton 3.6 makes of a range that starts at the program's number
         for tile in PERSISTENT if x.is_cuda else []:
             ways[f"persistent {tile}"] = lambda tile=tile: tma_geglu(x, weight, bias, tile, True)
