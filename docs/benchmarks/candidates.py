@@ -3,7 +3,7 @@
 python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--only geglu ...] [--arch sd15 sdxl]
 
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
-    geglu             projection, then the kernel that halves it; both in one kernel, with several tiles
+    geglu             projection, then the kernel that halves it; both in one kernel, by pointers or, on Hopper, by TMA
     projections       queries, keys and values by three products, by one
     residual          a product, then its addition to the residual and the norm of the sum in one kernel; the addition
                       in the product, then the norm alone (without biases, which would go into the norms)
@@ -33,6 +33,17 @@ import triton.language as tl
 from kernels import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.kernels import KERNELS
@@ -53,6 +64,30 @@ class Case:
 
 
 @triton.jit
+def gelu(x):
+    """`x * Phi(x)` to 3e-7, from log2(2 * Phi(-|x|)) as a polynomial: one exp2, and no cases as in erf."""
+    size = tl.abs(x)
+    power = -8.249931511272734e-07 * size + 1.4624984032707289e-05
+    power = power * size - 6.73452450428158e-05
+    power = power * size - 0.000421085802372545
+    power = power * size + 0.00742132144162941
+    power = power * size - 0.052726320922374725
+    power = power * size - 0.4591415822505951
+    power = power * size - 1.151111364364624
+    return tl.maximum(x, 0.0) - size * tl.exp2(power * size - 1.0)
+
+
+@triton.jit
+def place_of(tile, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
+    """Row and column where a tile starts; tiles that share weights and rows are neighbours, so the cache holds both."""
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
+    band = tile // (TOGETHER * across)
+    height = tl.minimum(down - band * TOGETHER, TOGETHER)
+    place = tile % (TOGETHER * across)
+    return (band * TOGETHER + place % height) * ROWS, (place // height) * COLUMNS
+
+
+@triton.jit
 def linear_geglu_kernel(
     x,
     weight,
@@ -68,13 +103,9 @@ def linear_geglu_kernel(
 ):
     """`[rows, depth]` times both halves of `[2 * width, depth]`, a tile of each half at a time, value * gelu(gate)."""
     depth = STEPS * DEPTH
-    # programs that share weights and rows run together, so that the cache holds both
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
-    band = tl.program_id(0) // (TOGETHER * across)
-    height = tl.minimum(down - band * TOGETHER, TOGETHER)
-    place = tl.program_id(0) % (TOGETHER * across)
-    row = (band * TOGETHER + place % height) * ROWS + tl.arange(0, ROWS)
-    column = (place // height) * COLUMNS + tl.arange(0, COLUMNS)
+    row, column = place_of(tl.program_id(0), rows, width, ROWS, COLUMNS, TOGETHER)
+    row += tl.arange(0, ROWS)
+    column += tl.arange(0, COLUMNS)
     deep = tl.arange(0, DEPTH)
     left = x + row[:, None] * depth + deep[None, :]
     right = weight + column[None, :] * depth + deep[:, None]
@@ -90,13 +121,210 @@ def linear_geglu_kernel(
         right += DEPTH
     value += tl.load(bias + column)[None, :].to(tl.float32)
     gate += tl.load(bias + width + column)[None, :].to(tl.float32)
-    result = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    result = value * gelu(gate)
     tl.store(output + row[:, None] * width + column[None, :], result.to(output.dtype.element_ty), present)
 
 
+@triton.jit
+def halve_tile(value, gate, bias, output, row, column, width, ADD: tl.constexpr):
+    if ADD:
+        across = column + tl.arange(0, value.shape[1])
+        value += tl.load(bias + across)[None, :].to(tl.float32)
+        gate += tl.load(bias + width + across)[None, :].to(tl.float32)
+    output.store([row, column], (value * gelu(gate)).to(output.dtype))
+
+
+@triton.jit
+def halve_columns(x):
+    """Split `[R, 2C]` into its left and its right half; each thread has both in its registers."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def tile_geglu(
+    x,
+    weight,
+    bias,
+    output,
+    row,
+    column,
+    width,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One tile: both halves' weights lie beside each other, so that one product makes value and gate of the tile."""
+    both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
+    if EARLY:
+        across = tl.arange(0, 2 * COLUMNS)
+        both += tl.load(bias + column + across % COLUMNS + across // COLUMNS * width)[None, :].to(tl.float32)
+    for step in range(STEPS):
+        right = weight.load([0, column, step * DEPTH]).reshape(2 * COLUMNS, DEPTH)
+        both = tl.dot(x.load([row, step * DEPTH]), right.T, both)
+    value, gate = halve_columns(both)
+    if PARTS == 1:
+        halve_tile(value, gate, bias, output, row, column, width, not EARLY)
+    else:
+        left, right = halve_columns(value)
+        left_gate, right_gate = halve_columns(gate)
+        halve_tile(left, left_gate, bias, output, row, column, width, not EARLY)
+        halve_tile(right, right_gate, bias, output, row, column + COLUMNS // 2, width, not EARLY)
+
+
+@triton.jit
+def tma_geglu_kernel(
+    x,
+    weight,
+    bias,
+    output,
+    rows,
+    width,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """As `linear_geglu_kernel`, with descriptors of `[rows, depth]`, `[2, width, depth]` and `[rows, width]`."""
+    if PERSISTENT:
+        tiles = tl.cdiv(rows, ROWS) * tl.cdiv(width, COLUMNS)
+        # one flat loop: the next tile's first loads run beside this one's end. A bias that starts the sums forbids that
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            row, column = place_of(tile, rows, width, ROWS, COLUMNS, TOGETHER)
+            tile_geglu(x, weight, bias, output, row, column, width, STEPS, ROWS, COLUMNS, DEPTH, PARTS, False)
+    else:
+        row, column = place_of(tl.program_id(0), rows, width, ROWS, COLUMNS, TOGETHER)
+        tile_geglu(x, weight, bias, output, row, column, width, STEPS, ROWS, COLUMNS, DEPTH, PARTS, True)
+
+
+@gluon.jit
+def fetch_tiles(x, weight, ring, sizes, COLUMNS: gl.constexpr, TOGETHER: gl.constexpr):
+    """One warp: load into each slot of the ring as soon as both groups have freed it."""
+    lefts, rights, ready, free = ring
+    rows, width, steps = sizes
+    SLOTS: gl.constexpr = rights.shape[0]
+    PART: gl.constexpr = x.block_shape[0]
+    DEPTH: gl.constexpr = x.block_shape[1]
+    tiles = gl.cdiv(rows, 2 * PART) * gl.cdiv(width, COLUMNS)
+    count = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column = place_of(tile, rows, width, 2 * PART, COLUMNS, TOGETHER)
+        for step in range(steps):
+            slot = count % SLOTS
+            mbarrier.wait(free.index(slot), (count // SLOTS & 1) ^ 1)
+            here = ready.index(slot)
+            mbarrier.expect(here, 2 * x.block_type.nbytes + weight.block_type.nbytes)
+            tma.async_copy_global_to_shared(x, [row, step * DEPTH], here, lefts.index(2 * slot))
+            tma.async_copy_global_to_shared(weight, [0, column, step * DEPTH], here, rights.index(slot))
+            tma.async_copy_global_to_shared(x, [row + PART, step * DEPTH], here, lefts.index(2 * slot + 1))
+            count += 1
+
+
+@gluon.jit
+def multiply_tiles(
+    bias,
+    output,
+    ring,
+    ends,
+    sizes,
+    COLUMNS: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    HALF: gl.constexpr,
+    LATE: gl.constexpr,
+):
+    """One group of four warps: the upper or the lower `HALF` of each tile's rows, from product to output."""
+    lefts, rights, ready, free = ring
+    rows, width, steps = sizes
+    SLOTS: gl.constexpr = rights.shape[0]
+    PART: gl.constexpr = lefts.shape[1]
+    DEPTH: gl.constexpr = lefts.shape[2]
+    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    across = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    tiles = gl.cdiv(rows, 2 * PART) * gl.cdiv(width, COLUMNS)
+    end = ends.index(HALF)
+    if HALF * LATE:
+        # so that one group's end falls beside the other's products
+        mbarrier.wait(ready.index(LATE), 0)
+    count = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column = place_of(tile, rows, width, 2 * PART, COLUMNS, TOGETHER)
+        value_bias = gl.load(bias + column + across)
+        gate_bias = gl.load(bias + width + column + across)
+        both = gl.zeros((PART, 2 * COLUMNS), gl.float32, both_layout)
+        for step in range(steps):
+            slot = count % SLOTS
+            mbarrier.wait(ready.index(slot), count // SLOTS & 1)
+            right = rights.index(slot).reshape([2 * COLUMNS, DEPTH]).permute([1, 0])
+            both = warpgroup_mma(lefts.index(2 * slot + HALF), right, both, use_acc=step > 0, is_async=True)
+            both = warpgroup_mma_wait(1, [both])
+            mbarrier.arrive(free.index((count + SLOTS - 1) % SLOTS), pred=step > 0)
+            count += 1
+        both = warpgroup_mma_wait(0, [both])
+        mbarrier.arrive(free.index((count + SLOTS - 1) % SLOTS))
+        value, gate = both.reshape([PART, 2, COLUMNS]).permute([0, 2, 1]).split()
+        value = gl.convert_layout(value, layout, assert_trivial=True) + value_bias[None, :].to(gl.float32)
+        gate = gl.convert_layout(gate, layout, assert_trivial=True) + gate_bias[None, :].to(gl.float32)
+        result = (value * gelu(gate)).to(output.dtype)
+        tma.store_wait(0)
+        end.store(result)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(output, [row + HALF * PART, column], end)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def warps_geglu_kernel(
+    x,
+    weight,
+    bias,
+    output,
+    rows,
+    width,
+    steps,
+    SLOTS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    LATE: gl.constexpr,
+):
+    """As `tma_geglu_kernel`, persistent, one warp to load and two groups that do not wait for each other."""
+    PART: gl.constexpr = x.block_shape[0]
+    DEPTH: gl.constexpr = x.block_shape[1]
+    lefts = gl.allocate_shared_memory(x.dtype, [2 * SLOTS, PART, DEPTH], x.layout)
+    rights = gl.allocate_shared_memory(x.dtype, [SLOTS, 2, COLUMNS, DEPTH], weight.layout)
+    ends = gl.allocate_shared_memory(x.dtype, [2, PART, COLUMNS], output.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=2)
+    fence_async_shared()
+    ring, sizes = (lefts, rights, ready, free), (rows, width, steps)
+    gl.warp_specialize(
+        [
+            (multiply_tiles, (bias, output, ring, ends, sizes, COLUMNS, TOGETHER, 0, LATE)),
+            (multiply_tiles, (bias, output, ring, ends, sizes, COLUMNS, TOGETHER, 1, LATE)),
+            (fetch_tiles, (x, weight, ring, sizes, COLUMNS, TOGETHER)),
+        ],
+        [4, 1],
+        [232, 24],
+    )
+
+
 # rows, columns (of each half), depth, stages, warps
-TILES = [(128, 128, 64, 3, 8), (128, 64, 64, 4, 4), (128, 64, 64, 4, 8), (256, 64, 64, 3, 8), (64, 128, 64, 4, 4)]
-TILES += [(128, 128, 64, 4, 8), (128, 128, 32, 4, 8), (64, 64, 64, 5, 4)]
+TILES = [(128, 128, 64, 4, 8), (128, 128, 32, 4, 8)]
+# the same, tiles that run together, parts of the end
+ONE_TILE = [(128, 128, 64, 4, 8, 8, 1), (128, 128, 64, 4, 8, 16, 2)]
+ONE_TILE += [(128, 64, 64, 3, 4, 8, 1), (128, 64, 64, 3, 8, 8, 1)]
+PERSISTENT = [(128, 128, 64, 4, 8, 8, 1), (128, 128, 64, 4, 8, 16, 1)]
+PERSISTENT += [(128, 128, 64, 4, 8, 8, 2), (128, 128, 64, 3, 8, 8, 1)]
+# columns (of each half), depth, slots, tiles that run together, slots by which the second group starts late
+WARPS = [(128, 64, 4, 8, 0), (128, 64, 4, 8, 2), (128, 64, 4, 16, 0), (64, 64, 6, 8, 0)]
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
@@ -107,6 +335,47 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...])
     grid = (triton.cdiv(count, rows) * triton.cdiv(width, columns),)
     linear_geglu_kernel[grid](
         x, weight, bias, output, count, width, depth // deep, rows, columns, deep, 8, num_stages=stages, num_warps=warps
+    )
+    return output
+
+
+def tma_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...], persistent: bool) -> Tensor:
+    """`linear_geglu` by TMA; `persistent` programs, one per multiprocessor, take tile after tile."""
+    (count, depth), width = x.shape, len(weight) // 2
+    rows, columns, deep, stages, warps, together, parts = tile
+    output = x.new_empty(count, width)
+    programs = triton.cdiv(count, rows) * triton.cdiv(width, columns)
+    if persistent:
+        programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
+    tma_geglu_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [rows, deep]),
+        TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, columns, deep]),
+        bias,
+        TensorDescriptor.from_tensor(output, [rows, columns // parts]),
+        count,
+        width,
+        depth // deep,
+        *(rows, columns, deep, together, parts, persistent),
+        num_stages=stages,
+        num_warps=warps,
+    )
+    return output
+
+
+def warps_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
+    """`linear_geglu` by warps with one task each, on Hopper only; tiles of 128 rows."""
+    (count, depth), width = x.shape, len(weight) // 2
+    columns, deep, slots, together, late = tile
+    output = x.new_empty(count, width)
+    described = []
+    for tensor, block in ((x, [64, deep]), (weight.view(2, width, depth), [2, columns, deep]), (output, [64, columns])):
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
+        described.append(GluonDescriptor.from_tensor(tensor, block, layout))
+    programs = triton.cdiv(count, 128) * triton.cdiv(width, columns)
+    programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    left, right, end = described
+    warps_geglu_kernel[(programs,)](
+        left, right, bias, end, count, width, depth // deep, slots, columns, together, late, num_warps=4
     )
     return output
 
@@ -149,7 +418,7 @@ def convolution(shape: tuple[int, ...], draw: Any) -> Any:
 
     def by_cudnn(search: bool) -> Tensor:
         # its choices are kept by shape and flags, so the two need different ones; TF32 is nothing to half precision
-        flags = torch.backends.cudnn.flags(benchmark=search, benchmark_limit=0, allow_tf32=search)
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=search, benchmark_limit=0, allow_tf32=search)
         with flags if x.is_cuda else nullcontext():
             return F.conv2d(x, weight, stride=stride, padding=1)
 
@@ -172,6 +441,15 @@ def geglu(shape: tuple[int, ...], draw: Any) -> Any:
     ways = {"two kernels": lambda: halve(F.linear(x, weight, bias)), "product alone": lambda: F.linear(x, weight, bias)}
     for tile in TILES if x.is_cuda else [(16, 16, 16, 1, 1)]:
         ways[f"one kernel {tile}"] = lambda tile=tile: linear_geglu(x, weight, bias, tile)
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9:
+        tiny = [(16, 16, 16, 1, 1, 2, parts) for parts in (1, 2)]
+        for tile in ONE_TILE if x.is_cuda else tiny:
+            ways[f"by TMA {tile}"] = lambda tile=tile: tma_geglu(x, weight, bias, tile, False)
+        for tile in WARPS if x.is_cuda else []:
+            ways[f"by tasks {tile}"] = lambda tile=tile: warps_geglu(x, weight, bias, tile)
+        # NumPy 2.4 refuses what the interpreter of Triton 3.6 makes of a range that starts at the program's number
+        for tile in PERSISTENT if x.is_cuda else []:
+            ways[f"persistent {tile}"] = lambda tile=tile: tma_geglu(x, weight, bias, tile, True)
     wide = lambda: KERNELS["geglu"].plain(F.linear(x.float(), weight.float(), bias.float()))  # noqa: E731
     return ways, wide, 4 * rows * depth * width
 
