@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .memsets import driver_for, memsets_by_kernels
+
 
 class Capture(Protocol):
     """A recorded run. Its output tensors are its own and are overwritten by each replay."""
@@ -37,11 +39,15 @@ class CudaCapture:
             RuntimeError: it does something that cannot be recorded.
         """
         self.device = device
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)  # not instantiated at once
         self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # "thread_local": another thread may allocate meanwhile
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = run()
+        with torch.cuda.device(device):
+            # "thread_local": another thread may allocate meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = run()
+            if driver := driver_for(torch.cuda.current_device()):
+                memsets_by_kernels(self.graph.raw_cuda_graph(), driver)
+            self.graph.instantiate()
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
