@@ -148,7 +148,12 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         self._disable("enable_channels_last")
 
     def enable_fused_kernels(
-        self, group_norm: bool = True, geglu: bool = True, add_layer_norm: bool = True, bias_residual: bool = True
+        self,
+        group_norm: bool = True,
+        geglu: bool = True,
+        linear_geglu: bool = True,
+        add_layer_norm: bool = True,
+        bias_residual: bool = True,
     ) -> None:
         """Exact: what eager PyTorch does in several passes over memory, in one Triton kernel each, without a compiler.
 
@@ -158,6 +163,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         Args:
             group_norm: GroupNorm with SiLU and what a resnet adds before it; needs `enable_channels_last()`.
             geglu: the feed-forward's `value * gelu(gate)`.
+            linear_geglu: the same with the projection before it, on Hopper (SM 9.0) in half precision.
             add_layer_norm: a transformer block's residual and the norm of the sum.
             bias_residual: a resnet's last bias and its residual; needs `enable_channels_last()`.
 
@@ -165,7 +171,11 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
             NotSupportedError: no kernel runs in this process (no CUDA, no Triton), or no layer is of a kind they fit.
         """
         wanted = opt.FusedKernels(
-            group_norm=group_norm, geglu=geglu, add_layer_norm=add_layer_norm, bias_residual=bias_residual
+            group_norm=group_norm,
+            geglu=geglu,
+            linear_geglu=linear_geglu,
+            add_layer_norm=add_layer_norm,
+            bias_residual=bias_residual,
         )
         self._enable(wanted)
 

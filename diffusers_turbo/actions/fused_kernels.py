@@ -25,6 +25,7 @@ from ..fused.layers import (
     FusedGroupNorm,
     FusedGroupNormSiLU,
     FusedLayerNorm,
+    FusedLinearGEGLU,
     SiLUDone,
     channels_last,
     stand_in,
@@ -72,7 +73,9 @@ class FusedLayers:
 
 
 def apply(pipe: Any, options: FusedKernels) -> Journal:
-    """Exact: GroupNorm with SiLU, GEGLU, residual add with LayerNorm, and bias with residual in one kernel each.
+    """Exact: GroupNorm with SiLU, GEGLU (with its projection), residual add with LayerNorm, bias with residual.
+
+    One kernel each.
 
     Raises:
         NotSupportedError: no kernel runs in this process, or no layer of the pipeline is of a kind they fit.
@@ -154,8 +157,12 @@ def _stand_ins(
             if "bias_residual" in places and type(conv) is nn.Conv2d and conv.bias is not None:
                 yield [(conv, FusedConv(conv, f"{label}.conv2", places["bias_residual"]))]
             yield [(module, FusedResnetBlock(module, kind))]
-    if kind is GEGLU and "geglu" in places:
-        yield [(module, FusedGEGLU(module, label, places["geglu"]))]
+    if kind is GEGLU:
+        forward: Any = FusedGEGLU(module, label, places["geglu"]) if "geglu" in places else None
+        if whole := places.get("linear_geglu"):  # empty on most GPUs, where not every layer need say so
+            forward = FusedLinearGEGLU(module, label, whole, otherwise=forward)
+        if forward is not None:
+            yield [(module, forward)]
     if kind is BasicTransformerBlock and "add_layer_norm" in places:
         reasons = transformer_reasons(module)
         left.update(reasons[:1])
@@ -174,7 +181,7 @@ def _refusals(layers: list[FusedForward]) -> Iterator[str]:
         if layer.refused:
             labels.setdefault(layer.refused, []).append(layer.label)
     for reasons, names in labels.items():
-        yield f"{len(names)} layers of {layers[0].kernel} ran in plain PyTorch ({names[0]}): {'; '.join(reasons)}"
+        yield f"{len(names)} layers of {layers[0].kernel} ran {layers[0].instead} ({names[0]}): {'; '.join(reasons)}"
 
 
 def _lies_channels_last(root: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from ..kernels.base import Place
 from ..kernels.bias_residual import bias_residual_launch
 from ..kernels.geglu import geglu_launch
 from ..kernels.group_norm import group_norm_launch
+from ..kernels.linear_geglu import PERSISTENT, SINGLE, linear_geglu_misfits
 from ..kernels.registry import KERNELS
 from .rehearsal import Rehearsal
 
@@ -45,6 +46,8 @@ class FusedForward:
     """
 
     kernel: ClassVar[str]
+    instead: ClassVar[str] = "in plain PyTorch"
+    """How the work is done where the kernel cannot."""
 
     module: Any
     label: str
@@ -189,6 +192,64 @@ class FusedGEGLU(FusedForward):
         else:
             result = self.run(self.module.proj(hidden_states))
         return result
+
+
+@dataclass(eq=False)
+class FusedLinearGEGLU(FusedForward):
+    """The feed-forward's projection and `value * gelu(gate)` in one kernel.
+
+    Attributes:
+        otherwise: what does the work where that kernel cannot: after an adapter's projection, say.
+    """
+
+    kernel = "linear_geglu"
+    instead = "as a projection and what comes after it"
+
+    otherwise: Any = None
+
+    def _weight(self) -> Tensor | None:
+        found: Tensor | None = getattr(self.module.proj, "weight", None)
+        return found
+
+    def _variants(self, weight: Tensor) -> Iterator[Variant]:
+        x, bias = weight.new_zeros(1, weight.shape[-1]), self.module.proj.bias
+        with torch.no_grad():
+            fits = not linear_geglu_misfits(x, weight, bias)
+        if fits:
+            for launch in (PERSISTENT, SINGLE):
+                yield (weight.shape[-1], bias is None, launch), (x, weight, bias), {"launch": launch}
+
+    def rehearsals(self) -> Iterator[Rehearsal]:
+        """Its own, and those of what does the work otherwise."""
+        yield from super().rehearsals()
+        if self.otherwise is not None:
+            yield from self.otherwise.rehearsals()
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Project `[.., D]` to `[.., 2M]` and halve it to `[.., M]`."""
+        proj = self.module.proj
+        if self.runs_on(hidden_states):
+            refused = self._unusual(hidden_states, bool(args or kwargs))
+            refused = refused or KERNELS[self.kernel].misfits(hidden_states, proj.weight, proj.bias)
+        else:
+            refused = [f"it does not take {hidden_states.dtype} on {hidden_states.device.type} here"]
+        self.refused = tuple(refused)
+        if not refused:
+            result: Tensor = KERNELS[self.kernel].run(hidden_states, proj.weight, proj.bias)
+        elif self.otherwise is not None:
+            result = self.otherwise(hidden_states, *args, **kwargs)
+        else:
+            result = type(self.module).forward(self.module, hidden_states, *args, **kwargs)
+        return result
+
+    def _unusual(self, x: Tensor, more: bool) -> list[str]:
+        """Why the projection must be called as the module that it is."""
+        proj = self.module.proj
+        if type(proj) is not nn.Linear or "forward" in vars(proj) or not unwatched(proj):
+            return [f"its projection is not a plain nn.Linear ({type(proj).__name__})"]
+        if torch.is_autocast_enabled(x.device.type):
+            return ["autocast chooses the dtype of the projection"]
+        return ["it is given more than its input"] if more else []
 
 
 class FusedConv(FusedForward):

@@ -49,6 +49,7 @@ class KernelLimits:
         layout: the memory layout of its inputs, in words.
         dtypes: of its activations; weights may be of any of these, whatever the activations are.
         lowest_sm, lowest_sm_by_dtype: oldest NVIDIA generation, overall and for single dtypes.
+        highest_sm: the newest one; None for no end.
         sources: for each field above that holds a number, where the number is from.
     """
 
@@ -57,10 +58,12 @@ class KernelLimits:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     lowest_sm: SM = (7, 0)
     lowest_sm_by_dtype: Mapping[torch.dtype, SM] = field(default_factory=lambda: {torch.bfloat16: (8, 0)})
+    highest_sm: SM | None = None
     sources: Mapping[str, str] = field(
         default_factory=lambda: {
             "lowest_sm": _TRITON_SOURCE,
             "lowest_sm_by_dtype": "facts/device.py: older cards only emulate bfloat16",
+            "highest_sm": "Triton compiles for what is newer",
         }
     )
 
@@ -88,15 +91,17 @@ class Kernel:
     def places(self) -> frozenset[Place]:
         """Where it can run in this process; empty when it cannot at all, for the reasons `unavailable()` gives.
 
-        With several GPUs it is what the oldest of them takes, since a pipeline may be moved between them.
+        With several GPUs it is what all of them take, since a pipeline may be moved between them.
         """
         if unavailable():
             return frozenset()
         if interpreting():
             return frozenset(("cpu", dtype) for dtype in self.limits.dtypes)
-        oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        levels = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
         return frozenset(
-            ("cuda", dtype) for dtype in self.limits.dtypes if not dtype_reasons(self.limits, dtype, oldest)
+            ("cuda", dtype)
+            for dtype in self.limits.dtypes
+            if not any(dtype_reasons(self.limits, dtype, level) for level in levels)
         )
 
 
@@ -156,6 +161,9 @@ def dtype_reasons(limits: KernelLimits, dtype: torch.dtype, sm: SM | None) -> li
     lowest = max(limits.lowest_sm, limits.lowest_sm_by_dtype.get(dtype, (0, 0)))
     if sm is not None and sm < lowest:
         return [f"{limits.kernel} in {_name(dtype)} needs SM {lowest[0]}.{lowest[1]}, the GPU has {sm[0]}.{sm[1]}"]
+    if sm is not None and limits.highest_sm is not None and sm > limits.highest_sm:
+        newest = ".".join(map(str, limits.highest_sm))
+        return [f"{limits.kernel} is for GPUs up to SM {newest}, this one has {sm[0]}.{sm[1]}"]
     return []
 
 

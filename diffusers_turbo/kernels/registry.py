@@ -9,10 +9,12 @@ from .base import Kernel
 from .bias_residual import KERNEL as BIAS_RESIDUAL
 from .geglu import KERNEL as GEGLU
 from .group_norm import KERNEL as GROUP_NORM
+from .linear_geglu import KERNEL as LINEAR_GEGLU
 
 KERNELS: Mapping[str, Kernel] = {
     "group_norm": GROUP_NORM,
     "geglu": GEGLU,
+    "linear_geglu": LINEAR_GEGLU,
     "add_layer_norm": ADD_LAYER_NORM,
     "bias_residual": BIAS_RESIDUAL,
 }

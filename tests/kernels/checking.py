@@ -30,7 +30,9 @@ def check(name: str, *args: Any, strain: float = 0.0, compare: bool = True, laun
     truths = tuple_of(kernel.plain(*map(widened, args), **{key: widened(value) for key, value in options.items()}))
     plains = tuple_of(kernel.plain(*args, **options))
     cut_off = cuts_off(dtype)
-    tolerance = kernel.tolerance[dtype] * (2 if cut_off else 1) + kernel.tolerance[torch.float32] * strain
+    tolerance = kernel.tolerance[dtype] * (2 if cut_off else 1)
+    if strain:
+        tolerance += kernel.tolerance[torch.float32] * strain
     for result, truth, plain in zip(results, truths, plains, strict=True):
         assert result.dtype == dtype
         assert result.shape == plain.shape

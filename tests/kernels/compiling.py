@@ -18,11 +18,20 @@ from typing import Any
 
 import torch
 
-from diffusers_turbo.kernels import add_layer_norm, base, bias_residual, geglu, group_norm, group_norm_device
+from diffusers_turbo.kernels import (
+    add_layer_norm,
+    base,
+    bias_residual,
+    geglu,
+    group_norm,
+    group_norm_device,
+    linear_geglu,
+)
 from diffusers_turbo.kernels.lazy import LazyKernel
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-SM = 80
+SM = {"_linear_geglu_kernel": 90}
+"""Other kernels are compiled for 80."""
 
 
 class Recorder:
@@ -34,13 +43,16 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int, **constants: int) -> None:
+    def compile(self, *args: Any, num_warps: int, num_stages: int = 3, **constants: int) -> None:
         signature, attributes = {}, {}
         for index, (parameter, value) in enumerate(zip(self.function.params, args, strict=False)):
             kind = type(value)
-            signature[parameter.name] = (
-                "*" + DTYPES[value.dtype] if kind is torch.Tensor else {int: "i32", float: "fp32"}[kind]
-            )
+            if kind is torch.Tensor:
+                signature[parameter.name] = "*" + DTYPES[value.dtype]
+            elif kind.__name__ == "TensorDescriptor":
+                signature[parameter.name] = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+            else:
+                signature[parameter.name] = {int: "i32", float: "fp32"}[kind]
             divisible = kind is torch.Tensor or (kind is int and value % 16 == 0 and not parameter.do_not_specialize)
             if divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
@@ -48,24 +60,30 @@ class Recorder:
         name = f"{self.function.__name__} {list(signature.values())} {constants} {num_warps} {sorted(attributes)}"
         if name not in self.found:
             self.found[name] = {"kernel": self.function.__name__} | compiled(
-                self.function, signature, constants, attributes, num_warps
+                self.function, signature, constants, attributes, {"num_warps": num_warps, "num_stages": num_stages}
             )
 
 
-def compiled(function: Any, signature: Any, constants: Any, attributes: Any, warps: int) -> dict[str, Any]:
-    """Bytes of a load and of a store (the widest), and what the assembler says of registers and spills."""
+def compiled(function: Any, signature: Any, constants: Any, attributes: Any, options: Any) -> dict[str, Any]:
+    """Bytes of a load and of a store (the widest), what the assembler says of registers and spills, Hopper's ways."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(function, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", SM, 32), options={"num_warps": warps})
+    target = GPUTarget("cuda", SM.get(function.__name__, 80), 32)
+    made = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(made.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
-    words = {what: max(map(width, re.findall(rf"\b{what}\.global\S*", made.asm["ptx"]))) for what in ("ld", "st")}
-    return words | {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)}
+    ways = {what: what in made.asm["ptx"] for what in ("wgmma.mma_async", "cp.async.bulk.tensor")}
+    words = {
+        what: max(map(width, re.findall(rf"\b{what}\.global\S*", made.asm["ptx"])), default=0) for what in ("ld", "st")
+    }
+    return (
+        ways | words | {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)}
+    )
 
 
 def width(instruction: str) -> int:
@@ -77,13 +95,17 @@ def width(instruction: str) -> int:
 def main(dtype: torch.dtype) -> None:
     """The launches of SD1.5 at 512 with guidance and of its VAE, and of SDXL's widths."""
     base.device_reasons = lambda *_: []
-    for module in (group_norm, geglu, add_layer_norm, bias_residual):
+    modules = (group_norm, geglu, add_layer_norm, bias_residual, linear_geglu)
+    for module in modules:
         module.device_reasons = base.device_reasons
     group_norm_device.single_kernel.load(), geglu._geglu_kernel.load(), add_layer_norm._add_layer_norm_kernel.load()
-    bias_residual._bias_residual_kernel.load()
+    bias_residual._bias_residual_kernel.load(), linear_geglu._linear_geglu_kernel.load()
+    linear_geglu._multiprocessors = lambda device: 132
     found: dict[str, Any] = {}
-    for module in (group_norm, geglu, add_layer_norm, bias_residual):
+    for module in modules:
         for name, item in list(vars(module).items()):
+            if name in ("_gelu", "_tile"):  # parts of a kernel
+                continue
             if isinstance(item, LazyKernel) or type(item).__name__ == "JITFunction":
                 kernel = item.load() if isinstance(item, LazyKernel) else item
                 setattr(module, name, Recorder(kernel, found))
@@ -99,6 +121,9 @@ def main(dtype: torch.dtype) -> None:
     for wide in (320, 640, 1280):
         geglu.geglu(empty(2, 64, 8 * wide))
         add_layer_norm.add_layer_norm(*empty(2, 2, 64, wide), *empty(2, wide))
+    if dtype != torch.float32:
+        for rows, wide in ((2048, 1280), (128, 1280)):
+            linear_geglu.linear_geglu(empty(rows, wide), empty(8 * wide, wide), empty(8 * wide))
     print(json.dumps(list(found.values())))
 
 

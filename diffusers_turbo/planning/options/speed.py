@@ -16,13 +16,14 @@ SYNC_FREE_SCHEDULERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class FusedKernels(Options):
-    """Run GroupNorm with SiLU, GEGLU, add with LayerNorm, and bias with residual as one Triton kernel each."""
+    """Run GroupNorm with SiLU, GEGLU with its projection, add with LayerNorm, bias with residual as a kernel each."""
 
     action = "enable_fused_kernels"
     slot = "kernels"
 
     group_norm: bool = True
     geglu: bool = True
+    linear_geglu: bool = True
     add_layer_norm: bool = True
     bias_residual: bool = True
 

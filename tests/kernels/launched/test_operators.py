@@ -11,12 +11,18 @@ from tests.kernels.checking import image, randn
 ARGUMENTS = {
     "group_norm": lambda device: (image(2, 12, 3, 5, device=device), 2, *randn(2, 12, device=device)),
     "geglu": lambda device: (randn(2, 3, 16, device=device),),
+    "linear_geglu": lambda device: (
+        randn(2, 3, 64, dtype=torch.float16, device=device),
+        randn(256, 64, dtype=torch.float16, device=device),
+        None,
+    ),
     "add_layer_norm": lambda device: (*randn(2, 2, 3, 16, device=device), *randn(2, 16, device=device)),
     "bias_residual": lambda device: (*(image(2, 12, 3, 5, device=device) for _ in range(2)), randn(12, device=device)),
 }
 FILLED = {
     "group_norm": (1e-5, True, None, None, []),
     "geglu": ([],),
+    "linear_geglu": ([],),
     "add_layer_norm": (1e-5, []),
     "bias_residual": ([],),
 }
