@@ -3,7 +3,8 @@
 python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--only geglu ...] [--arch sd15 sdxl]
 
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
-    geglu             projection, then the kernel that halves it; both in one kernel, by pointers or, on Hopper, by TMA
+    geglu             projection, then the kernel that halves it; both in one kernel, by pointers; on Hopper by TMA, the
+                      package's kernel, or by warps with one task each
     projections       queries, keys and values by three products, by one
     residual          a product, then its addition to the residual and the norm of the sum in one kernel; the addition
                       in the product, then the norm alone (without biases, which would go into the norms)
@@ -23,7 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.kernels import KERNELS
+from diffusers_turbo.kernels.linear_geglu import PERSISTENT, SINGLE
 
 PROMPT = 77
 
@@ -123,83 +124,6 @@ def linear_geglu_kernel(
     gate += tl.load(bias + width + column)[None, :].to(tl.float32)
     result = value * gelu(gate)
     tl.store(output + row[:, None] * width + column[None, :], result.to(output.dtype.element_ty), present)
-
-
-@triton.jit
-def halve_tile(value, gate, bias, output, row, column, width, ADD: tl.constexpr):
-    if ADD:
-        across = column + tl.arange(0, value.shape[1])
-        value += tl.load(bias + across)[None, :].to(tl.float32)
-        gate += tl.load(bias + width + across)[None, :].to(tl.float32)
-    output.store([row, column], (value * gelu(gate)).to(output.dtype))
-
-
-@triton.jit
-def halve_columns(x):
-    """Split `[R, 2C]` into its left and its right half; each thread has both in its registers."""
-    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
-
-
-@triton.jit
-def tile_geglu(
-    x,
-    weight,
-    bias,
-    output,
-    row,
-    column,
-    width,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One tile: both halves' weights lie beside each other, so that one product makes value and gate of the tile."""
-    both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
-    if EARLY:
-        across = tl.arange(0, 2 * COLUMNS)
-        both += tl.load(bias + column + across % COLUMNS + across // COLUMNS * width)[None, :].to(tl.float32)
-    for step in range(STEPS):
-        right = weight.load([0, column, step * DEPTH]).reshape(2 * COLUMNS, DEPTH)
-        both = tl.dot(x.load([row, step * DEPTH]), right.T, both)
-    value, gate = halve_columns(both)
-    if PARTS == 1:
-        halve_tile(value, gate, bias, output, row, column, width, not EARLY)
-    else:
-        left, right = halve_columns(value)
-        left_gate, right_gate = halve_columns(gate)
-        halve_tile(left, left_gate, bias, output, row, column, width, not EARLY)
-        halve_tile(right, right_gate, bias, output, row, column + COLUMNS // 2, width, not EARLY)
-
-
-@triton.jit
-def tma_geglu_kernel(
-    x,
-    weight,
-    bias,
-    output,
-    rows,
-    width,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    PARTS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):
-    """As `linear_geglu_kernel`, with descriptors of `[rows, depth]`, `[2, width, depth]` and `[rows, width]`."""
-    if PERSISTENT:
-        tiles = tl.cdiv(rows, ROWS) * tl.cdiv(width, COLUMNS)
-        # one flat loop: the next tile's first loads run beside this one's end. A bias that starts the sums forbids that
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            row, column = place_of(tile, rows, width, ROWS, COLUMNS, TOGETHER)
-            tile_geglu(x, weight, bias, output, row, column, width, STEPS, ROWS, COLUMNS, DEPTH, PARTS, False)
-    else:
-        row, column = place_of(tl.program_id(0), rows, width, ROWS, COLUMNS, TOGETHER)
-        tile_geglu(x, weight, bias, output, row, column, width, STEPS, ROWS, COLUMNS, DEPTH, PARTS, True)
 
 
 @gluon.jit
@@ -292,7 +216,7 @@ def warps_geglu_kernel(
     TOGETHER: gl.constexpr,
     LATE: gl.constexpr,
 ):
-    """As `tma_geglu_kernel`, persistent, one warp to load and two groups that do not wait for each other."""
+    """The package's kernel, persistent, with one warp to load and two groups that do not wait for each other."""
     PART: gl.constexpr = x.block_shape[0]
     DEPTH: gl.constexpr = x.block_shape[1]
     lefts = gl.allocate_shared_memory(x.dtype, [2 * SLOTS, PART, DEPTH], x.layout)
@@ -318,11 +242,9 @@ def warps_geglu_kernel(
 
 # rows, columns (of each half), depth, stages, warps
 TILES = [(128, 128, 64, 4, 8), (128, 128, 32, 4, 8)]
-# the same, tiles that run together, parts of the end
-ONE_TILE = [(128, 128, 64, 4, 8, 8, 1), (128, 128, 64, 4, 8, 16, 2)]
-ONE_TILE += [(128, 64, 64, 3, 4, 8, 1), (128, 64, 64, 3, 8, 8, 1)]
-PERSISTENT = [(128, 128, 64, 4, 8, 8, 1), (128, 128, 64, 4, 8, 16, 1)]
-PERSISTENT += [(128, 128, 64, 4, 8, 8, 2), (128, 128, 64, 3, 8, 8, 1)]
+# and the package's kernel, which loads by TMA
+SINGLES = [SINGLE, replace(SINGLE, warps=4), replace(SINGLE, columns=128, stages=4)]
+PERSISTENTS = [PERSISTENT, replace(PERSISTENT, together=8), replace(PERSISTENT, stages=3)]
 # columns (of each half), depth, slots, tiles that run together, slots by which the second group starts late
 WARPS = [(128, 64, 4, 8, 0), (128, 64, 4, 8, 2), (128, 64, 4, 16, 0), (64, 64, 6, 8, 0)]
 
@@ -335,29 +257,6 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...])
     grid = (triton.cdiv(count, rows) * triton.cdiv(width, columns),)
     linear_geglu_kernel[grid](
         x, weight, bias, output, count, width, depth // deep, rows, columns, deep, 8, num_stages=stages, num_warps=warps
-    )
-    return output
-
-
-def tma_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...], persistent: bool) -> Tensor:
-    """`linear_geglu` by TMA; `persistent` programs, one per multiprocessor, take tile after tile."""
-    (count, depth), width = x.shape, len(weight) // 2
-    rows, columns, deep, stages, warps, together, parts = tile
-    output = x.new_empty(count, width)
-    programs = triton.cdiv(count, rows) * triton.cdiv(width, columns)
-    if persistent:
-        programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
-    tma_geglu_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [rows, deep]),
-        TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, columns, deep]),
-        bias,
-        TensorDescriptor.from_tensor(output, [rows, columns // parts]),
-        count,
-        width,
-        depth // deep,
-        *(rows, columns, deep, together, parts, persistent),
-        num_stages=stages,
-        num_warps=warps,
     )
     return output
 
@@ -442,14 +341,11 @@ def geglu(shape: tuple[int, ...], draw: Any) -> Any:
     for tile in TILES if x.is_cuda else [(16, 16, 16, 1, 1)]:
         ways[f"one kernel {tile}"] = lambda tile=tile: linear_geglu(x, weight, bias, tile)
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9:
-        tiny = [(16, 16, 16, 1, 1, 2, parts) for parts in (1, 2)]
-        for tile in ONE_TILE if x.is_cuda else tiny:
-            ways[f"by TMA {tile}"] = lambda tile=tile: tma_geglu(x, weight, bias, tile, False)
+        for launch in [*SINGLES, *PERSISTENTS] if x.is_cuda else []:
+            name = f"{'persistent' if launch.persistent else 'single'} {tuple(map(int, astuple(launch)[:-1]))}"
+            ways[name] = lambda launch=launch: KERNELS["linear_geglu"].run(x, weight, bias, launch=launch)
         for tile in WARPS if x.is_cuda else []:
             ways[f"by tasks {tile}"] = lambda tile=tile: warps_geglu(x, weight, bias, tile)
-        # NumPy 2.4 refuses what the interpreter of Triton 3.6 makes of a range that starts at the program's number
-        for tile in PERSISTENT if x.is_cuda else []:
-            ways[f"persistent {tile}"] = lambda tile=tile: tma_geglu(x, weight, bias, tile, True)
     wide = lambda: KERNELS["geglu"].plain(F.linear(x.float(), weight.float(), bias.float()))  # noqa: E731
     return ways, wide, 4 * rows * depth * width
 

@@ -81,9 +81,8 @@ def compiled(function: Any, signature: Any, constants: Any, attributes: Any, opt
     words = {
         what: max(map(width, re.findall(rf"\b{what}\.global\S*", made.asm["ptx"])), default=0) for what in ("ld", "st")
     }
-    return (
-        ways | words | {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)}
-    )
+    usages = {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    return ways | words | usages | {"shared": made.metadata.shared}
 
 
 def width(instruction: str) -> int:
