@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import NotSupportedError, explain_failure, in_one_line
-from ..fused.blocks import FusedResnetBlock, FusedTransformerBlock, resnet_reasons, transformer_reasons
+from ..fused.blocks import FusedResnetBlock, FusedTransformerBlock, resnet_reasons, successors, transformer_reasons
 from ..fused.layers import (
     STAND_IN,
     FusedConv,
@@ -103,6 +103,10 @@ def apply(pipe: Any, options: FusedKernels) -> Journal:
                         journal.set_attribute(target, "forward", forward)
                         kinds[type(target).__name__] += 1
                         layers += [forward] if isinstance(forward, FusedForward) else []
+        for root in roots.values():
+            for before, after, _ in (pair for module in root.modules() for pair in successors(module)):
+                if isinstance(block := stand_in(before), FusedTransformerBlock):
+                    block.following = after
         reasons = [f"{count} left to diffusers: {reason}" for reason, count in left.items() if count]
         if not layers:
             found = "; ".join([f"nothing that fits in {', '.join(roots)}", *reasons])
@@ -163,6 +167,9 @@ def _stand_ins(
             forward = FusedLinearGEGLU(module, label, whole, otherwise=forward)
         if forward is not None:
             yield [(module, forward)]
+    if "add_layer_norm" in places:
+        for _, after, name in successors(module):
+            yield [(after.norm1, FusedLayerNorm(after.norm1, f"{label}.{name}.norm1", places["add_layer_norm"]))]
     if kind is BasicTransformerBlock and "add_layer_norm" in places:
         reasons = transformer_reasons(module)
         left.update(reasons[:1])

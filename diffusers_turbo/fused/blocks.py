@@ -8,9 +8,12 @@ host's own forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import FusedConv, FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in, unwatched, without_bias
@@ -69,8 +72,16 @@ class FusedResnetBlock(FusedBlock):
         return result
 
 
+@dataclass(eq=False)
 class FusedTransformerBlock(FusedBlock):
-    """`BasicTransformerBlock`: each residual is added in the pass that normalises the sum."""
+    """`BasicTransformerBlock`: each residual is added in the pass that normalises the sum.
+
+    Attributes:
+        following: the block that is called next on what this one returns; its first norm is of this one's last sum.
+    """
+
+    following: Any = None
+    _handed: tuple[Tensor, int, Tensor] | None = field(default=None, repr=False)
 
     def __call__(
         self,
@@ -99,14 +110,38 @@ class FusedTransformerBlock(FusedBlock):
                 added_cond_kwargs,
             )
             return host_result
-        attended = block.attn1(block.norm1(hidden_states), attention_mask=attention_mask, **given)
+        attended = block.attn1(self._normed(hidden_states), attention_mask=attention_mask, **given)
         hidden_states, normed = block.norm2(attended, residual=hidden_states)
         attended = block.attn2(
             normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **given
         )
         hidden_states, normed = block.norm3(attended, residual=hidden_states)
-        result: Tensor = block.ff(normed) + hidden_states
+        return self._hand_on(block.ff(normed), hidden_states)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """Return the first norm of `[B, N, D]`: what the block before made, if this is its sum, and unchanged."""
+        handed, self._handed = self._handed, None
+        if handed is not None and handed[0] is x and handed[1] == x._version:
+            return handed[2]
+        result: Tensor = self.module.norm1(x)
         return result
+
+    def _hand_on(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add `[B, N, D]` to the residual, and in the same pass normalise the sum for the block that follows."""
+        ahead = None if self.following is None else stand_in(self.following)
+        if not isinstance(ahead, FusedTransformerBlock) or not ahead.is_own_kind() or _must_be_left(x):
+            return x + residual
+        if not isinstance(stand_in(self.following.norm1), FusedLayerNorm):
+            return x + residual
+        added, normed = self.following.norm1(x, residual=residual)
+        ahead._handed = added, added._version, normed
+        result: Tensor = added
+        return result
+
+
+def _must_be_left(x: Tensor) -> bool:
+    """Whether a gradient is recorded, nobody counts the changes of a tensor, or a compiler looks on."""
+    return torch.is_grad_enabled() or x.is_inference() or torch.compiler.is_compiling()
 
 
 def resnet_reasons(block: Any) -> list[str]:
@@ -135,3 +170,16 @@ def transformer_reasons(block: Any) -> list[str]:
     if any(type(norm) is not nn.LayerNorm for norm in (block.norm2, getattr(block, "norm3", None))):
         reasons.append("a transformer block whose norms are not nn.LayerNorm")
     return reasons
+
+
+def successors(parent: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Yield blocks of a transformer of which the second is called on what the first returns, and the second's name."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if type(parent) is not Transformer2DModel:
+        return
+    for index, (before, after) in enumerate(pairwise(parent.transformer_blocks), start=1):
+        plain = (type(x) is BasicTransformerBlock and not transformer_reasons(x) for x in (before, after))
+        if all(plain) and type(after.norm1) is nn.LayerNorm:
+            yield before, after, f"transformer_blocks.{index}"

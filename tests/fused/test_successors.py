@@ -1,0 +1,101 @@
+"""Blocks one after the other: the last sum of one is normalised for the next in the same pass, if it stays that sum."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
+
+from tests.fused.on_cpu import fuse
+from tests.fused.test_blocks import changed_affine, near
+
+
+def transformer(count: int = 3) -> Any:
+    torch.manual_seed(0)
+    made = Transformer2DModel(2, 8, in_channels=16, num_layers=count, cross_attention_dim=12, norm_num_groups=4)
+    return changed_affine(made.eval())
+
+
+def result_of(module: Any) -> Tensor:
+    torch.manual_seed(1)
+    images = torch.randn(2, 16, 3, 2).contiguous(memory_format=torch.channels_last)
+    given = {"hidden_states": images, "encoder_hidden_states": torch.randn(2, 5, 12)}
+    result: Tensor = module(**given, return_dict=False)[0]
+    return result
+
+
+@pytest.fixture
+def pair():
+    host = transformer()
+    return host, copy.deepcopy(host)
+
+
+@torch.no_grad()
+def test_a_block_normalises_for_the_next(pair, kernel_calls):
+    host, ours = pair
+    journal = fuse(ours)
+    for _ in range(2):
+        near(result_of(ours), result_of(host))
+    assert kernel_calls["add_layer_norm"] == 2 * (3 * 2 + 2)
+    assert "add_layer_norm: 8 of 8 layers ran the kernel at their last call" in journal.told()
+    journal.revert()
+    assert torch.equal(result_of(ours), result_of(host))
+
+
+def change_in_place(block):
+    block.register_forward_hook(lambda module, args, output: output.mul_(1.5))
+
+
+def another_result(block):
+    block.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def another_input(block):
+    block.register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
+
+
+@pytest.mark.parametrize(
+    ("index", "change"), [(0, change_in_place), (1, another_result), (1, another_input), (2, another_input)]
+)
+@torch.no_grad()
+def test_a_sum_that_somebody_changes_is_normalised_anew(pair, index, change, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    for module in pair:
+        change(module.transformer_blocks[index])
+    near(result_of(ours), result_of(host))
+
+
+@torch.no_grad()
+def test_a_block_that_comes_or_goes(pair, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    result_of(ours)
+    for module in pair:
+        del module.transformer_blocks[1]
+    near(result_of(ours), result_of(host))
+    for module in pair:
+        module.transformer_blocks.insert(0, copy.deepcopy(module.transformer_blocks[-1]))
+    near(result_of(ours), result_of(host))
+
+
+@torch.no_grad()
+def test_nothing_is_kept(pair, kernel_calls):
+    _, ours = pair
+    fuse(ours)
+    result_of(ours)
+    assert [vars(block)["forward"]._handed for block in ours.transformer_blocks] == [None] * 3
+
+
+def test_with_a_gradient_and_in_inference_mode_each_does_its_own(pair, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    near(result_of(ours), result_of(host))
+    before = kernel_calls["add_layer_norm"]
+    with torch.inference_mode():
+        near(result_of(ours), result_of(host))
+    assert kernel_calls["add_layer_norm"] - before == 3 * 2
