@@ -221,6 +221,7 @@ class CudaDriver:
 def driver_for(device: int) -> CudaDriver | None:
     """Return the driver with the kernel on a CUDA device, None where there is none of NVIDIA's."""
     with torch.cuda.device(device):
+        torch.empty(1, device="cuda")  # the driver wants torch's context to be there
         try:
             return CudaDriver()
         except (OSError, RuntimeError):

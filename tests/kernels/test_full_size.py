@@ -55,6 +55,17 @@ def test_transformer_blocks(length, width, dtype):
     check("add_layer_norm", x, residual, *randn(2, width, dtype=dtype, device="cuda", seed=1))
 
 
+@pytest.mark.skipif(not KERNELS["linear_geglu"].places(), reason="not a GPU that linear_geglu is for")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "depth"), [(8192, 320), (2048, 640), (512, 1280), (128, 1280), (8192, 640), (2048, 1280), (77, 1280)]
+)
+def test_projection_and_geglu(rows, depth, dtype):
+    x = randn(rows, depth, dtype=dtype, device="cuda")
+    weight = randn(8 * depth, depth, dtype=dtype, device="cuda", seed=1) * depth**-0.5
+    check("linear_geglu", x, weight, randn(8 * depth, dtype=dtype, device="cuda", seed=2))
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_group_norm_past_2_31_elements(split):
     """4104 x 4096 positions of 128 channels; compared group by group, since the whole in fp64 fits no card."""
