@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graphs.call import GraphedCall
 from .calls import ScopedCallOver
 from .stripes import Forwards, State
 
@@ -20,6 +21,7 @@ class AheadCall(ABC):
     Attributes:
         layers: those of the network that take what was computed ahead.
         calls, made: how often the network was called, and something computed ahead.
+        graphs: what is computed ahead, recorded, where the network's own call is under graphs.
         reason: why nothing is computed ahead in this call of the pipeline, if so.
     """
 
@@ -28,10 +30,11 @@ class AheadCall(ABC):
         self.root, self.inner, self.forwards = root, inner, forwards
         self.layers: list[Any] = []
         self.calls = self.made = 0
+        self.graphs: GraphedCall | None = None
         self.reason: str | None = None
         self.pipe: Any = None
         self._state: State | None = None
-        self._memory: tuple[tuple[Tensor, ...], Any, Any] | None = None
+        self._memory: tuple[tuple[Tensor, ...], Any, Tensor] | None = None
 
     @abstractmethod
     def find(self) -> list[Any]:
@@ -50,6 +53,10 @@ class AheadCall(ABC):
         """Lay the forwards."""
 
     @abstractmethod
+    def compute(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Compute ahead; `how` is plain values. All else that it depends on are the modules that carry forwards."""
+
+    @abstractmethod
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a call, with what was computed ahead in place of what it was computed from."""
 
@@ -59,6 +66,7 @@ class AheadCall(ABC):
         fresh = not self.forwards.are_on(self.carriers())
         if fresh:
             self.forwards.lift()
+            self.release()
         reason = self.why_not(fresh)
         if fresh and reason is None:
             self.lay()
@@ -81,23 +89,48 @@ class AheadCall(ABC):
             args, kwargs = self.replaced(args, kwargs)
         return self.inner(*args, **kwargs)
 
-    def once(self, inputs: tuple[Tensor, ...], make: Callable[[], Any], *also: object) -> Any:
-        """Return what `make` makes of these inputs, made before if neither they nor the modules have changed since."""
+    def once(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Return what is computed of these, computed before if neither they nor the modules have changed since."""
         assert self._state is not None
-        state = (*(x._version for x in inputs), *also, *self._state.now())
+        state = (*(x._version for x in inputs), *how.items(), *self._state.now())
         if self._memory is not None:
             held_inputs, held_state, held = self._memory
             same = len(held_inputs) == len(inputs) and all(a is b for a, b in zip(held_inputs, inputs, strict=True))
             if same and held_state == state:
                 return held
-        self._memory = (inputs, state, make())
+        self._memory = (inputs, state, self._computed(*inputs, **how))
         self.made += 1
         return self._memory[2]
+
+    def _computed(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Compute; under graphs as a graph of its own, which looks at what it baked in whenever it is asked."""
+        network = _graphs_of(self.inner)
+        if network is None:
+            return self.compute(*inputs, **how)
+        if self.graphs is None:
+            self.graphs = GraphedCall(nn.ModuleList(self.carriers()), self.compute, network.max_graphs)
+        made: Tensor = self.graphs(*inputs, **how)
+        return made
+
+    def release(self) -> None:
+        """Give the memory of the graphs back."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.graphs = None
 
     def tell(self) -> str:
         """Say what happened so far."""
         told = f"{type(self.root).__name__}: {self.calls} calls, computed ahead {self.made} times"
+        if self.graphs is not None:
+            told = f"{told} ({self.graphs.told()})"
         return f"{told}; not ahead: {self.reason}" if self.reason else told
+
+
+def _graphs_of(call: Any) -> GraphedCall | None:
+    """Return the graphs among a network's call and those it stands over."""
+    while call is not None and not isinstance(call, GraphedCall):
+        call = getattr(call, "inner", None)
+    return call
 
 
 @dataclass
@@ -115,5 +148,7 @@ class ComputesAhead(ScopedCallOver):
 
     def revert(self) -> str | None:
         """Give layers and network their own forward and call back."""
+        if self.call is not None:
+            self.call.release()
         left = self.forwards.lift() if self.forwards else None
         return super().revert() or left

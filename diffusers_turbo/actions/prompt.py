@@ -3,7 +3,7 @@
 Before a network runs, the prompt is sent through the key and value projections of all its cross-attention layers, and
 what they give, side by side, takes the prompt's place as `encoder_hidden_states`; each projection then only cuts its
 own stripe out. So nothing is hidden from graphs and compilers: to them it is an ordinary input, the same tensor at
-every step.
+every step. Where the network is under graphs, the projections are one as well.
 """
 
 from __future__ import annotations
@@ -68,9 +68,11 @@ class PromptCall(AheadCall):
     def _ahead(self, prompt: Any) -> Any:
         if not isinstance(prompt, Tensor) or prompt.is_inference():
             return prompt  # the changes of an inference tensor can't be noticed
-        return self.once((prompt,), lambda: self._project(prompt))
+        return self.once(prompt)
 
-    def _project(self, prompt: Tensor) -> Tensor:
+    def compute(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Project the prompt `[B, M, C]` for all layers, `[B, M, width]`."""
+        (prompt,) = inputs
         parts = [part for attn in self.layers for part in (attn.to_k(prompt), attn.to_v(prompt))]
         return side_by_side(parts, self.width())
 
