@@ -33,6 +33,7 @@ class AheadCall(ABC):
         self.graphs: GraphedCall | None = None
         self.reason: str | None = None
         self.pipe: Any = None
+        self._prepared = False
         self._state: State | None = None
         self._memory: tuple[tuple[Tensor, ...], Any, Tensor] | None = None
 
@@ -45,7 +46,7 @@ class AheadCall(ABC):
         """Return the modules of `layers` that are to carry forwards, as they stand there now."""
 
     @abstractmethod
-    def why_not(self, fresh: bool) -> str | None:
+    def why_not(self, carriers: list[nn.Module], fresh: bool) -> str | None:
         """Return why nothing can be computed ahead; `fresh` says that the carriers carry nothing of ours yet."""
 
     @abstractmethod
@@ -63,44 +64,53 @@ class AheadCall(ABC):
     def prepare(self) -> str | None:
         """Lay the forwards on the modules that stand in the network now; return why not, if that is so."""
         self.layers = self.find()
-        fresh = not self.forwards.are_on(self.carriers())
+        carriers = self.carriers()
+        fresh = not self.forwards.are_on(carriers)
         if fresh:
             self.forwards.lift()
             self.release()
-        reason = self.why_not(fresh)
-        if fresh and reason is None:
+        self.reason = self.why_not(carriers, fresh)
+        if fresh and self.reason is None:
             self.lay()
-        return reason
+        self._state = State(carriers) if self.reason is None else None
+        return self.reason
 
     def enter_call(self, pipe: Any) -> None:
-        """A call of the pipeline begins."""
-        self.pipe, self.reason = pipe, self.prepare()
-        self._state = State(self.carriers()) if self.reason is None else None
+        """A call of the pipeline begins; while the text encoders run, there is time to prepare."""
+        self.pipe, self._prepared = pipe, False
 
     def leave_call(self) -> None:
         """A call of the pipeline ends, and what was made for it goes."""
-        self.pipe = self._state = self._memory = None
+        self.pipe = self._memory = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""
         self.calls += 1
-        active = self.pipe is not None and self.reason is None and not torch.is_grad_enabled()
-        if active and self.forwards.are_on(self.carriers()):  # else an adapter came or went between two steps
+        if self.pipe is not None and not torch.is_grad_enabled() and self._can():
             args, kwargs = self.replaced(args, kwargs)
         return self.inner(*args, **kwargs)
+
+    def _can(self) -> bool:
+        """Whether the layers take what is computed ahead."""
+        if not self._prepared:
+            self._prepared = True
+            return self.prepare() is None
+        # an adapter may have come or gone between two steps
+        return self.reason is None and self.forwards.are_on(self.carriers())
 
     def once(self, *inputs: Tensor, **how: Any) -> Tensor:
         """Return what is computed of these, computed before if neither they nor the modules have changed since."""
         assert self._state is not None
         state = (*(x._version for x in inputs), *how.items(), *self._state.now())
-        if self._memory is not None:
-            held_inputs, held_state, held = self._memory
+        if (memory := self._memory) is not None:
+            held_inputs, held_state, held = memory
             same = len(held_inputs) == len(inputs) and all(a is b for a, b in zip(held_inputs, inputs, strict=True))
             if same and held_state == state:
                 return held
-        self._memory = (inputs, state, self._computed(*inputs, **how))
+        made = self._computed(*inputs, **how)
+        self._memory = (inputs, state, made)
         self.made += 1
-        return self._memory[2]
+        return made
 
     def _computed(self, *inputs: Tensor, **how: Any) -> Tensor:
         """Compute; under graphs as a graph of its own, which looks at what it baked in whenever it is asked."""

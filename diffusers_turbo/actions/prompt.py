@@ -39,7 +39,7 @@ class PromptCall(AheadCall):
 
     def carriers(self) -> list[nn.Module]:
         """Return the modules that project the prompt now."""
-        found = (getattr(attn, name, None) for attn in self.layers for name in PROJECTIONS)
+        found = [attn._modules.get(name) for attn in self.layers for name in PROJECTIONS]
         return [module for module in found if module is not None]
 
     def width(self) -> int:
@@ -76,7 +76,7 @@ class PromptCall(AheadCall):
         parts = [part for attn in self.layers for part in (attn.to_k(prompt), attn.to_v(prompt))]
         return side_by_side(parts, self.width())
 
-    def why_not(self, fresh: bool) -> str | None:
+    def why_not(self, carriers: list[nn.Module], fresh: bool) -> str | None:
         """Return why this network's prompt can't be projected ahead."""
         name, config = type(self.root).__name__, getattr(self.root, "config", None)
         if name not in NETWORKS:
@@ -87,7 +87,6 @@ class PromptCall(AheadCall):
             return f"{name} sends its prompt through encoder_hid_proj first (an IP-Adapter, say)"
         if getattr(config, "addition_embed_type", None) not in (None, "text_time"):
             return f"{name} adds its prompt to the time embedding"
-        carriers = self.carriers()
         if not carriers:
             return f"{name} has no cross-attention"
         for attn in self.layers:

@@ -65,7 +65,7 @@ class Forwards:
     def are_on(self, modules: Sequence[nn.Module]) -> bool:
         """Whether exactly these modules carry the forwards, in this order."""
         return len(self.laid) == len(modules) and all(
-            forward.module is module and owned(module, "forward") is forward
+            forward.module is module and vars(module).get("forward") is forward
             for forward, module in zip(self.laid, modules, strict=True)
         )
 

@@ -60,9 +60,9 @@ class TimeCall(AheadCall):
 
     def carriers(self) -> list[nn.Module]:
         """Return the modules that embed and project the time now."""
-        embeddings = (getattr(self.root, name, None) for name in ("time_embedding", "add_embedding"))
-        found = [module for module in embeddings if module is not None]
-        return found + [part for resnet in self.layers for part in (resnet.nonlinearity, resnet.time_emb_proj)]
+        found = [self.root._modules.get(name) for name in ("time_embedding", "add_embedding")]
+        found += [resnet._modules.get(name) for resnet in self.layers for name in ("nonlinearity", "time_emb_proj")]
+        return [module for module in found if module is not None]
 
     def width(self) -> int:
         """All projections; one more where the embedding itself is as wide, and could be taken for them."""
@@ -116,7 +116,7 @@ class TimeCall(AheadCall):
         parts = [resnet.time_emb_proj(resnet.nonlinearity(embedding)) for resnet in self.layers]
         return side_by_side(parts, self.width())
 
-    def why_not(self, fresh: bool) -> str | None:
+    def why_not(self, carriers: list[nn.Module], fresh: bool) -> str | None:
         """Return why this UNet's time can't be projected ahead."""
         name, config = type(self.root).__name__, getattr(self.root, "config", None)
         if name != "UNet2DConditionModel":
@@ -132,7 +132,6 @@ class TimeCall(AheadCall):
         for resnet in self.layers:
             if type(resnet).__name__ != "ResnetBlock2D" or resnet.skip_time_act:
                 return f"a {type(resnet).__name__} takes the time in a way of its own"
-        carriers = self.carriers()
         if fresh and any("forward" in vars(module) for module in carriers):
             return "the forward of a projection or activation was replaced"
         return why_not_capturable(nn.ModuleList(carriers))
