@@ -14,7 +14,7 @@ class SparesWork(Switching):
 
         For the UNet and its ControlNets, with or without graphs and compilation. They take 4 bytes (float16) for each
         token of each sample and channel of each cross-attention layer: 8 MB for SD1.5, 51 MB for SDXL, for one picture
-        with guidance. A call with `cross_attention_kwargs` projects as ever.
+        with guidance; under graphs four times that. A call with `cross_attention_kwargs` projects as ever.
 
         Raises:
             NotSupportedError: the denoiser is no UNet that hands its prompt to its layers as it comes.

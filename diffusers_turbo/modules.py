@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
 """Where accelerate and diffusers hang hooks that move weights or run Python in the middle of a call."""
+
+_ACCELERATES, _DIFFUSERS = HOOKS
 
 
 def modules_in(*roots: nn.Module) -> list[nn.Module]:
@@ -17,15 +21,19 @@ def modules_in(*roots: nn.Module) -> list[nn.Module]:
     ['Sequential', 'Sequential', 'SiLU', 'ReLU']
     """
     found: dict[nn.Module, None] = {}
-    waiting = [*reversed(roots)]
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found[module] = None
-            waiting += [child for child in reversed(vars(module)["_modules"].values()) if child is not None]
+
+    def add(modules: Iterable[nn.Module | None]) -> None:
+        for module in modules:
+            if module is not None and module not in found:
+                found[module] = None
+                if children := module._modules:
+                    add(children.values())
+
+    add(roots)
     return list(found)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether one of these hooks hangs on a module itself."""
-    return any(hook in vars(module) for hook in HOOKS)
+    state = vars(module)  # no loop: this is asked of thousands of modules
+    return _ACCELERATES in state or _DIFFUSERS in state

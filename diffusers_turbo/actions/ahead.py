@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graphs.call import GraphedCall
 from .calls import ScopedCallOver
 from .stripes import Forwards, State
 
@@ -20,6 +21,7 @@ class AheadCall(ABC):
     Attributes:
         layers: those of the network that take what was computed ahead.
         calls, made: how often the network was called, and something computed ahead.
+        graphs: what is computed ahead, recorded, where the network's own call is under graphs.
         reason: why nothing is computed ahead in this call of the pipeline, if so.
     """
 
@@ -28,10 +30,12 @@ class AheadCall(ABC):
         self.root, self.inner, self.forwards = root, inner, forwards
         self.layers: list[Any] = []
         self.calls = self.made = 0
+        self.graphs: GraphedCall | None = None
         self.reason: str | None = None
         self.pipe: Any = None
+        self._prepared = False
         self._state: State | None = None
-        self._memory: tuple[tuple[Tensor, ...], Any, Any] | None = None
+        self._memory: tuple[tuple[Tensor, ...], Any, Tensor] | None = None
 
     @abstractmethod
     def find(self) -> list[Any]:
@@ -42,12 +46,16 @@ class AheadCall(ABC):
         """Return the modules of `layers` that are to carry forwards, as they stand there now."""
 
     @abstractmethod
-    def why_not(self, fresh: bool) -> str | None:
+    def why_not(self, carriers: list[nn.Module], fresh: bool) -> str | None:
         """Return why nothing can be computed ahead; `fresh` says that the carriers carry nothing of ours yet."""
 
     @abstractmethod
     def lay(self) -> None:
         """Lay the forwards."""
+
+    @abstractmethod
+    def compute(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Compute ahead; `how` is plain values. All else that it depends on are the modules that carry forwards."""
 
     @abstractmethod
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -56,48 +64,83 @@ class AheadCall(ABC):
     def prepare(self) -> str | None:
         """Lay the forwards on the modules that stand in the network now; return why not, if that is so."""
         self.layers = self.find()
-        fresh = not self.forwards.are_on(self.carriers())
+        carriers = self.carriers()
+        fresh = not self.forwards.are_on(carriers)
         if fresh:
             self.forwards.lift()
-        reason = self.why_not(fresh)
-        if fresh and reason is None:
+            self.release()
+        self.reason = self.why_not(carriers, fresh)
+        if fresh and self.reason is None:
             self.lay()
-        return reason
+        self._state = State(carriers) if self.reason is None else None
+        return self.reason
 
     def enter_call(self, pipe: Any) -> None:
-        """A call of the pipeline begins."""
-        self.pipe, self.reason = pipe, self.prepare()
-        self._state = State(self.carriers()) if self.reason is None else None
+        """A call of the pipeline begins; while the text encoders run, there is time to prepare."""
+        self.pipe, self._prepared = pipe, False
 
     def leave_call(self) -> None:
         """A call of the pipeline ends, and what was made for it goes."""
-        self.pipe = self._state = self._memory = None
+        self.pipe = self._memory = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""
         self.calls += 1
-        active = self.pipe is not None and self.reason is None and not torch.is_grad_enabled()
-        if active and self.forwards.are_on(self.carriers()):  # else an adapter came or went between two steps
+        if self.pipe is not None and not torch.is_grad_enabled() and self._can():
             args, kwargs = self.replaced(args, kwargs)
         return self.inner(*args, **kwargs)
 
-    def once(self, inputs: tuple[Tensor, ...], make: Callable[[], Any], *also: object) -> Any:
-        """Return what `make` makes of these inputs, made before if neither they nor the modules have changed since."""
+    def _can(self) -> bool:
+        """Whether the layers take what is computed ahead."""
+        if not self._prepared:
+            self._prepared = True
+            return self.prepare() is None
+        # an adapter may have come or gone between two steps
+        return self.reason is None and self.forwards.are_on(self.carriers())
+
+    def once(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Return what is computed of these, computed before if neither they nor the modules have changed since."""
         assert self._state is not None
-        state = (*(x._version for x in inputs), *also, *self._state.now())
-        if self._memory is not None:
-            held_inputs, held_state, held = self._memory
+        state = (*(x._version for x in inputs), *how.items(), *self._state.now())
+        if (memory := self._memory) is not None:
+            held_inputs, held_state, held = memory
             same = len(held_inputs) == len(inputs) and all(a is b for a, b in zip(held_inputs, inputs, strict=True))
             if same and held_state == state:
                 return held
-        self._memory = (inputs, state, make())
+        made = self._computed(*inputs, **how)
+        self._memory = (inputs, state, made)
         self.made += 1
-        return self._memory[2]
+        return made
+
+    def _computed(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Compute; under graphs as a graph of its own, which looks at what it baked in whenever it is asked."""
+        network = _graphs_of(self.inner)
+        if network is None:
+            return self.compute(*inputs, **how)
+        if self.graphs is None:
+            self.graphs = GraphedCall(nn.ModuleList(self.carriers()), self.compute, network.max_graphs)
+        made: Tensor = self.graphs(*inputs, **how)
+        return made
+
+    def release(self) -> None:
+        """Give the memory of the graphs back."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.graphs = None
 
     def tell(self) -> str:
         """Say what happened so far."""
         told = f"{type(self.root).__name__}: {self.calls} calls, computed ahead {self.made} times"
+        if self.graphs is not None:
+            told = f"{told} ({self.graphs.told()})"
         return f"{told}; not ahead: {self.reason}" if self.reason else told
+
+
+def _graphs_of(call: Any) -> GraphedCall | None:
+    """Return the graphs among a network's call and those it stands over."""
+    while call is not None and not isinstance(call, GraphedCall):
+        call = getattr(call, "inner", None)
+    return call
 
 
 @dataclass
@@ -115,5 +158,7 @@ class ComputesAhead(ScopedCallOver):
 
     def revert(self) -> str | None:
         """Give layers and network their own forward and call back."""
+        if self.call is not None:
+            self.call.release()
         left = self.forwards.lift() if self.forwards else None
         return super().revert() or left

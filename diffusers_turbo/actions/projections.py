@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -127,24 +126,28 @@ def _fused_weights(attn: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Give each fused weight and bias of a layer with the separate ones, while no adapter wraps these."""
     modules = attn._modules  # of every layer at every call: attributes of modules are slow to look up
     for name, parts in FUSED_FROM.items():
-        fused, projections = modules.get(name), [modules.get(part) for part in parts]
-        if fused is None or not are_plain(*projections):
+        if (fused := modules.get(name)) is None:
             continue
-        for field, whole in fused._buffers.items():
-            if whole is not None:
-                yield whole, [getattr(projection, field) for projection in projections]
+        projections = [modules.get(part) for part in parts]
+        if are_plain(*projections):
+            for field, whole in fused._buffers.items():
+                if whole is not None:
+                    yield whole, [getattr(projection, field) for projection in projections]
 
 
 def _are_in_place(sources: list[Tensor], whole: Tensor) -> list[bool]:
     """Of each part of a whole, in their order, whether it lies where it belongs."""
-    starts = accumulate((source.numel() for source in sources), initial=0)
-    return [_is_at(start, source, whole) for start, source in zip(starts, sources, strict=False)]
+    found: list[bool] = []
+    dtype, size = whole.dtype, whole.element_size()
+    storage, address = _place(whole)
+    for source in sources:
+        found.append(_place(source) == (storage, address) and source.dtype == dtype and source.is_contiguous())
+        address += source.numel() * size
+    return found
 
 
-def _is_at(start: int, source: Tensor, whole: Tensor) -> bool:
-    if source.dtype != whole.dtype or not source.is_contiguous():
-        return False
-    if whole.is_meta:  # where there are no addresses
-        same = source.untyped_storage()._cdata == whole.untyped_storage()._cdata
-        return same and source.storage_offset() == whole.storage_offset() + start
-    return source.data_ptr() == whole.data_ptr() + start * whole.element_size()
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins: its address; on the meta device, where there is none, its place in its storage."""
+    if tensor.is_meta:
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
+    return 0, tensor.data_ptr()

@@ -3,7 +3,7 @@
 Before a network runs, the prompt is sent through the key and value projections of all its cross-attention layers, and
 what they give, side by side, takes the prompt's place as `encoder_hidden_states`; each projection then only cuts its
 own stripe out. So nothing is hidden from graphs and compilers: to them it is an ordinary input, the same tensor at
-every step.
+every step. Where the network is under graphs, the projections are one as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PromptCall(AheadCall):
 
     def carriers(self) -> list[nn.Module]:
         """Return the modules that project the prompt now."""
-        found = (getattr(attn, name, None) for attn in self.layers for name in PROJECTIONS)
+        found = [attn._modules.get(name) for attn in self.layers for name in PROJECTIONS]
         return [module for module in found if module is not None]
 
     def width(self) -> int:
@@ -68,13 +68,15 @@ class PromptCall(AheadCall):
     def _ahead(self, prompt: Any) -> Any:
         if not isinstance(prompt, Tensor) or prompt.is_inference():
             return prompt  # the changes of an inference tensor can't be noticed
-        return self.once((prompt,), lambda: self._project(prompt))
+        return self.once(prompt)
 
-    def _project(self, prompt: Tensor) -> Tensor:
+    def compute(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Project the prompt `[B, M, C]` for all layers, `[B, M, width]`."""
+        (prompt,) = inputs
         parts = [part for attn in self.layers for part in (attn.to_k(prompt), attn.to_v(prompt))]
         return side_by_side(parts, self.width())
 
-    def why_not(self, fresh: bool) -> str | None:
+    def why_not(self, carriers: list[nn.Module], fresh: bool) -> str | None:
         """Return why this network's prompt can't be projected ahead."""
         name, config = type(self.root).__name__, getattr(self.root, "config", None)
         if name not in NETWORKS:
@@ -85,7 +87,6 @@ class PromptCall(AheadCall):
             return f"{name} sends its prompt through encoder_hid_proj first (an IP-Adapter, say)"
         if getattr(config, "addition_embed_type", None) not in (None, "text_time"):
             return f"{name} adds its prompt to the time embedding"
-        carriers = self.carriers()
         if not carriers:
             return f"{name} has no cross-attention"
         for attn in self.layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..graphs.watch import Numbers
 from ..modules import modules_in
 from .undo import ABSENT, owned, put
+
+_VERSION = attrgetter("_version")
 
 
 @dataclass(eq=False)
@@ -62,7 +65,7 @@ class Forwards:
     def are_on(self, modules: Sequence[nn.Module]) -> bool:
         """Whether exactly these modules carry the forwards, in this order."""
         return len(self.laid) == len(modules) and all(
-            forward.module is module and owned(module, "forward") is forward
+            forward.module is module and vars(module).get("forward") is forward
             for forward, module in zip(self.laid, modules, strict=True)
         )
 
@@ -86,11 +89,12 @@ class State:
         """Take the modules down."""
         among = modules_in(*modules)
         self._numbers = Numbers(among)
-        self._weights = [weight for module in among for weight in module._parameters.values() if weight is not None]
+        self._tables = [table for module in among if (table := vars(module)["_parameters"])]
 
     def now(self) -> tuple[Any, ...]:
         """Return it as it is; a callback may change it between two steps."""
-        return (*((weight.data_ptr(), weight._version) for weight in self._weights), *self._numbers.now())
+        weights = [weight for table in self._tables for weight in table.values() if weight is not None]
+        return (*map(Tensor.data_ptr, weights), *map(_VERSION, weights), *self._numbers.now())
 
 
 def side_by_side(parts: list[Tensor], width: int) -> Tensor:

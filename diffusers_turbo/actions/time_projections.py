@@ -25,6 +25,9 @@ from .undo import Journal, journaling
 
 TRIED = "enable_time_projections()"
 
+ADDED = ("text_embeds", "time_ids")
+"""What SDXL's UNet embeds beside its time, of the call's `added_cond_kwargs`."""
+
 
 @dataclass(eq=False)
 class EmbeddedAhead(Ahead):
@@ -57,9 +60,9 @@ class TimeCall(AheadCall):
 
     def carriers(self) -> list[nn.Module]:
         """Return the modules that embed and project the time now."""
-        embeddings = (getattr(self.root, name, None) for name in ("time_embedding", "add_embedding"))
-        found = [module for module in embeddings if module is not None]
-        return found + [part for resnet in self.layers for part in (resnet.nonlinearity, resnet.time_emb_proj)]
+        found = [self.root._modules.get(name) for name in ("time_embedding", "add_embedding")]
+        found += [resnet._modules.get(name) for resnet in self.layers for name in ("nonlinearity", "time_emb_proj")]
+        return [module for module in found if module is not None]
 
     def width(self) -> int:
         """All projections; one more where the embedding itself is as wide, and could be taken for them."""
@@ -81,34 +84,39 @@ class TimeCall(AheadCall):
 
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the row of this step's timestep as `timestep_cond`, where the timestep is one of the scheduler's."""
+        root: Any = self.root
         given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
         sample, added = given.get("sample"), given.get("added_cond_kwargs") or {}
         timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         index = view_index(timesteps, given.get("timestep"))
-        if index is None or timesteps is None or not isinstance(sample, Tensor):
+        if index is None or not isinstance(sample, Tensor):
             return args, kwargs
         if len(args) > 3 or kwargs.get("timestep_cond") is not None or kwargs.get("cross_attention_kwargs"):
             return args, kwargs
-        inputs = (timesteps, *(added[name] for name in ("text_embeds", "time_ids") if name in added))
-        if any(x.is_inference() for x in inputs):
+        needed = [timesteps, *(added.get(name) for name in ADDED if root.config.addition_embed_type)]
+        inputs = [x for x in needed if isinstance(x, Tensor) and not x.is_inference()]
+        if len(inputs) < len(needed):
             return args, kwargs  # the changes of inference tensors can't be noticed
-        table, without = self.once(inputs, lambda: self._table(sample, timesteps, added), sample.dtype, sample.device)
-        row = table[index].expand(sample.shape[0], -1)
-        return args, {**kwargs, "timestep_cond": row, **({"added_cond_kwargs": without} if added else {})}
+        table = self.once(*inputs, dtype=sample.dtype, device=sample.device)
+        kwargs = {**kwargs, "timestep_cond": table[index].expand(sample.shape[0], -1)}
+        if len(inputs) > 1:  # the table has it all
+            kwargs["added_cond_kwargs"] = {**added, "text_embeds": added["text_embeds"][:, :0]}
+        return args, kwargs
 
-    def _table(self, sample: Tensor, timesteps: Tensor, added: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return `[S, 1 or B, width]`, and the added conditions without what the table has of them."""
+    def compute(self, *inputs: Tensor, **how: Any) -> Tensor:
+        """Embed and project the timesteps `[S]` of all steps, with what `ADDED` names: `[S, 1 or B, width]`."""
         root: Any = self.root
-        embedding = root.time_embedding(root.time_proj(timesteps.to(sample.device)).to(sample.dtype))[:, None]
+        timesteps, *added = inputs
+        embedding = root.time_embedding(root.time_proj(timesteps.to(how["device"])).to(how["dtype"]))[:, None]
         if added:
+            conditions = dict(zip(ADDED, added, strict=True))
             embedding = embedding + root.get_aug_embed(
-                emb=embedding, encoder_hidden_states=None, added_cond_kwargs=added
+                emb=embedding, encoder_hidden_states=None, added_cond_kwargs=conditions
             )
-            added = {**added, "text_embeds": added["text_embeds"][:, :0]}
         parts = [resnet.time_emb_proj(resnet.nonlinearity(embedding)) for resnet in self.layers]
-        return side_by_side(parts, self.width()), added
+        return side_by_side(parts, self.width())
 
-    def why_not(self, fresh: bool) -> str | None:
+    def why_not(self, carriers: list[nn.Module], fresh: bool) -> str | None:
         """Return why this UNet's time can't be projected ahead."""
         name, config = type(self.root).__name__, getattr(self.root, "config", None)
         if name != "UNet2DConditionModel":
@@ -124,7 +132,6 @@ class TimeCall(AheadCall):
         for resnet in self.layers:
             if type(resnet).__name__ != "ResnetBlock2D" or resnet.skip_time_act:
                 return f"a {type(resnet).__name__} takes the time in a way of its own"
-        carriers = self.carriers()
         if fresh and any("forward" in vars(module) for module in carriers):
             return "the forward of a projection or activation was replaced"
         return why_not_capturable(nn.ModuleList(carriers))

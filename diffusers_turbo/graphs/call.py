@@ -53,8 +53,8 @@ class GraphedCall:
         """Make the call of a module.
 
         Args:
-            module: whose call it is.
-            inner: what computes it: the compiled call, or `module._call_impl`.
+            module: whose call it is; for a function beside that, the list of all modules it computes with.
+            inner: what computes it: the compiled call, `module._call_impl`, or that function.
             max_graphs: how many captures to keep; the least recently used goes first.
         """
         self.module, self.inner, self.max_graphs = module, inner, max_graphs
@@ -163,9 +163,12 @@ class GraphedCall:
             self._refused.clear()
 
     def tell(self) -> str:
+        """Say whose graphs these are, and what happened so far."""
+        return f"{type(self.module).__name__}: {self.told()}"
+
+    def told(self) -> str:
         """Say what happened so far."""
-        counts = f"{self.captured} captured, {len(self.graphs)} kept, {self.replayed} replays"
-        told = f"{type(self.module).__name__}: {counts}"
+        told = f"{self.captured} captured, {len(self.graphs)} kept, {self.replayed} replays"
         if self.reason:
             return f"{told}; runs eagerly: {self.reason}"
         refused = "; ".join(sorted(set(self._refused.values())))

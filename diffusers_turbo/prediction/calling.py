@@ -50,6 +50,8 @@ class PipelineCall:
                 if self.projected_bytes:
                     self.replay.hold(self.projected_bytes, "graphs")  # an input, of which a graph has its own copy
                 self.replay.capture(recording)
+            elif self.projected_bytes:
+                self.replay.hold(2 * self.projected_bytes, "graphs")  # their own graph: each layer's part, and all
         elif self.graphs and call == 1 and stage != "vae_encode":
             self.replay.capture(recording)
         else:

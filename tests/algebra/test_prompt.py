@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from diffusers_turbo import turbo
+from diffusers_turbo.actions.prompt import PromptCall
 from diffusers_turbo.actions.stripes import State
 from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import NotSupportedError
@@ -148,6 +149,18 @@ def test_a_lora_on_keys_and_values_is_projected_ahead_too():
         unload(pipe)
     assert same_picture(stock, ahead)
     assert projected(ahead) == before + 2
+
+
+def test_the_text_encoder_runs_before_anything_is_prepared(monkeypatch):
+    """What a call begins with is done while the GPU waits; after the text encoder was launched it does not."""
+    stock, ahead = twins()
+    order = []
+    prepare = PromptCall.prepare
+    monkeypatch.setattr(PromptCall, "prepare", lambda self: order.append("prepare") or prepare(self))
+    handle = ahead.text_encoder.register_forward_hook(lambda *_: order.append("encode"))
+    assert same_picture(stock, ahead)
+    handle.remove()
+    assert order == ["encode", "encode", "prepare"]
 
 
 def test_fused_projections():

@@ -129,6 +129,13 @@ def test_sdxls_added_conditions_between_two_steps():
     assert not torch.allclose(tiny.picture(ahead, steps=4, **callback), plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
+def test_conditions_that_the_time_has_nothing_to_do_with(make):
+    stock, ahead = twins(make)
+    assert near(stock, ahead, batch=1, ip_adapter_image_embeds=[torch.zeros(2, 1, 8)])
+    assert made(ahead) == 1
+
+
 def test_without_the_state_a_stale_table_would_be_used(monkeypatch):
     """The tests above can fail: with nothing watched, the picture is wrong."""
     monkeypatch.setattr(State, "now", lambda self: ())
