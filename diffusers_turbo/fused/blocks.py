@@ -140,8 +140,8 @@ class FusedTransformerBlock(FusedBlock):
 
 
 def _must_be_left(x: Tensor) -> bool:
-    """Whether a gradient is recorded, nobody counts the changes of a tensor, or a compiler looks on."""
-    return torch.is_grad_enabled() or x.is_inference() or torch.compiler.is_compiling()
+    """Whether a compiler looks on, a gradient is recorded, or nobody counts the changes of a tensor."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference()
 
 
 def resnet_reasons(block: Any) -> list[str]:

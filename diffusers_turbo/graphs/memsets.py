@@ -211,6 +211,8 @@ class CudaDriver:
         count = c_size_t()
         if self._call(name, c_void_p(of), None, byref(count), may_be=LOSSY_QUERY):
             return None
+        if not count.value:  # which CUDA refuses to be asked for
+            return []
         nodes = (c_void_p * count.value)()
         if self._call(name, c_void_p(of), nodes, byref(count), may_be=LOSSY_QUERY):
             return None

@@ -94,6 +94,14 @@ def test_where_autocast_chooses_the_dtype(pair, kernel_calls):
     assert ran(kernel_calls) == {"geglu": 2}
 
 
+@torch.no_grad()
+def test_a_compiler_sees_one_graph(pair, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X), host(X))
+
+
 def test_with_a_gradient(pair, kernel_calls):
     _, ours = pair
     fuse(ours)

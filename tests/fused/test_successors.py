@@ -84,6 +84,15 @@ def test_a_block_that_comes_or_goes(pair, kernel_calls):
 
 
 @torch.no_grad()
+def test_a_compiler_sees_one_graph(pair, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    near(result_of(compiled), result_of(host))
+    near(result_of(ours), result_of(host))
+
+
+@torch.no_grad()
 def test_nothing_is_kept(pair, kernel_calls):
     _, ours = pair
     fuse(ours)

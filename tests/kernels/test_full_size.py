@@ -105,6 +105,10 @@ def arguments_of(name: str) -> tuple:
         return image(2, 320, 64, 64, **like), 32, *randn(2, 320, **like)
     if name == "geglu":
         return (randn(2, 64, 2560, **like),)
+    if name == "linear_geglu":
+        if not KERNELS[name].places():
+            pytest.skip("not a GPU that linear_geglu is for")
+        return randn(2, 64, 320, **like), randn(2560, 320, **like), randn(2560, **like)
     if name == "bias_residual":
         return *(image(2, 320, 64, 64, **like) for _ in range(2)), randn(320, **like)
     return *randn(2, 2, 64, 320, **like), *randn(2, 320, **like)

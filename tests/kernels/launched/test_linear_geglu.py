@@ -70,6 +70,15 @@ def test_gates_from_far_below_zero_to_far_above(device):
     check("linear_geglu", gate, weight, bias)
 
 
+def test_tensors_that_begin_anywhere(device):
+    x = randn(5 * 64 + 4, dtype=torch.float16, device=device)[4:].view(5, 64)
+    weight, bias = projection(64, 128, dtype=torch.float16, device=device)
+    moved = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view_as(weight)
+    assert x.data_ptr() % 16
+    assert moved.data_ptr() % 16
+    check("linear_geglu", x, moved, bias)
+
+
 def test_of_nothing(device):
     weight = torch.ones(256, 64, device=device, dtype=torch.float16)
     assert linear_geglu(torch.empty(2, 0, 64, device=device, dtype=torch.float16), weight).shape == (2, 0, 128)
