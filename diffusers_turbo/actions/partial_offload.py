@@ -24,7 +24,7 @@ from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
 from .page_locked import can_pin, pin
-from .streaming import HOST, Group, Unit, Window, bring, extent, units_of, weights_of
+from .streaming import HOST, Group, Loan, Unit, Window, bring, extent, units_of, weights_of
 from .undo import Journal, journaling, owned, put
 
 
@@ -61,11 +61,16 @@ class PartialResidency:
     _learnt: list[str] = field(default_factory=list)
     _alone: dict[Unit, tuple[Tensor, ...]] = field(default_factory=dict)
     _window: Window | None = None
+    _staying: Loan = field(init=False)
+    _visiting: Loan = field(init=False)
     _here: bool = False
     _working: str | None = None
     _in_call: bool = False
     _checked: bool = False
     _over: bool = False
+
+    def __post_init__(self) -> None:
+        self._staying, self._visiting = Loan(self.device), Loan(self.device)
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
@@ -86,6 +91,8 @@ class PartialResidency:
         """Let go of everything; `Placement` takes the hooks off and says where the weights go."""
         self._close_window()
         self._send_alone()
+        self._staying.forget()
+        self._visiting.forget()
         self._over = True
         self.units.clear()
         self.groups, self.streamed, self._sequence = None, [], []
@@ -119,7 +126,7 @@ class PartialResidency:
                 self._close_window()
                 if self.options.denoiser_leaves:
                     self._send_denoiser()
-                bring(weights_of(self.others[component]), self.device)
+                self._visiting.bring(weights_of(self.others[component]), faithful=self._in_call)
                 self._working = component
             return
         self._send_others()
@@ -128,7 +135,7 @@ class PartialResidency:
         if not (self._in_call and self._checked):
             self._look_for_changes()
         if not self._here:
-            bring(self._resident(), self.device)
+            self._staying.bring(self._resident(), faithful=self._in_call and self.options.denoiser_leaves)
             self._here = True
         if self.groups is None:
             if component in self._learnt:
@@ -242,25 +249,28 @@ class PartialResidency:
         return [*self.fixed, *(tensor for group in groups for tensor in group.tensors)]
 
     def _pin(self) -> None:
-        """Move what is streamed into page-locked memory, as far as its budget goes."""
+        """Move into page-locked memory what is streamed, and then what comes and goes, as far as its budget goes."""
         self.pinned_bytes, self.trouble = 0, ""
         if self.options.pin_memory and can_pin(self.device):
             budget = self.options.pinned_bytes
             budget_bytes = int(budget) if budget is not None else host_memory()[1] // 2
             tensors = [tensor for group in self.streamed for tensor in group.tensors]
+            visitors = [weights_of(module) for module in self.others.values()]
+            visitors += [self._resident()] if self.options.denoiser_leaves else []
+            tensors += [tensor for part in visitors for tensor in part if tensor.device.type == HOST.type]
+            tensors = list(dict.fromkeys(tensors))
             self.pinned_bytes, self.trouble = pin(tensors, budget_bytes)
 
     # who goes
 
     def _send_others(self) -> None:
         if self._working is not None:
-            bring(weights_of(self.others[self._working]), HOST)
+            self._visiting.end()
             self._working = None
 
     def _send_denoiser(self) -> None:
-        if self._here:
-            bring(self._resident(), HOST)
-            self._here = False
+        self._staying.end()
+        self._here = False
 
     def _send_alone(self) -> None:
         for unit in list(self._alone):

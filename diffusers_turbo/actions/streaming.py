@@ -112,6 +112,51 @@ def bring(tensors: Iterable[Tensor], device: torch.device) -> None:
         tensor.data = tensor.data.to(device)
 
 
+class Loan:
+    """Weights that are on the device for a while.
+
+    A faithful one keeps their homes, the memory of the host that they came from, and going back copies nothing where
+    nothing was changed. Nobody may then change them but by way of the parameter, which its version tells.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._away: dict[Tensor, tuple[Tensor, int, int] | None] = {}
+
+    @torch.inference_mode(False)
+    def bring(self, tensors: Iterable[Tensor], *, faithful: bool) -> None:
+        """Bring weights, keeping their objects; what is there already stays."""
+        for tensor in tensors:
+            if tensor not in self._away:
+                home = tensor.data
+                tensor.data = self._copied(home)
+                self._away[tensor] = (home, tensor.data_ptr(), _version(tensor)) if faithful else None
+
+    @torch.inference_mode(False)
+    def end(self) -> None:
+        """Send all of them home."""
+        for tensor, known in self._away.items():
+            tensor.data = tensor.data.to(HOST) if known is None else _at_home(tensor, *known)
+        self._away.clear()
+
+    def forget(self) -> None:
+        """Let somebody else say where they go."""
+        self._away.clear()
+
+    def _copied(self, home: Tensor) -> Tensor:
+        return home.to(self.device, non_blocking=home.is_pinned())
+
+
+def _at_home(tensor: Tensor, home: Tensor, copy: int, version: int) -> Tensor:
+    """Return a tensor's home with the values of now."""
+    now = tensor.data
+    if (now.shape, now.stride(), now.dtype) != (home.shape, home.stride(), home.dtype):
+        return now.to(HOST)
+    if now.data_ptr() != copy or _version(tensor) != version:
+        home.copy_(now)
+    return home
+
+
 @dataclass(eq=False)
 class _Slot:
     """One buffer of the window: what it holds, as it was when it was copied, and when which stream is done with it."""
@@ -232,4 +277,8 @@ def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _versions(group: Group) -> tuple[int, ...]:
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in group.tensors)
+    return tuple(map(_version, group.tensors))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -7,7 +7,7 @@ from torch import nn
 from diffusers_turbo.actions import partial_offload
 from diffusers_turbo.actions.ledger import ledger_of
 from diffusers_turbo.actions.partial_offload import PartialResidency
-from diffusers_turbo.actions.streaming import Window
+from diffusers_turbo.actions.streaming import Loan, Window
 
 EVERYTHING = 10**9
 """More than any tiny pipeline holds."""
@@ -36,6 +36,20 @@ class Device:
                 if where != partial_offload.HOST:
                     device.held[id(tensor)] = tensor.data_ptr()
 
+        class Booked(Loan):
+            def _copied(self, home):
+                return home.clone()
+
+            def bring(self, tensors, *, faithful):
+                device.moved = True
+                super().bring(tensors, faithful=faithful)
+                device.held |= {id(tensor): tensor.data_ptr() for tensor in self._away}
+
+            def end(self):
+                for tensor in self._away:
+                    device.held.pop(id(tensor), None)
+                super().end()
+
         class Counted(Window):
             def __init__(self, where, size, count):
                 super().__init__(where, size, count)
@@ -47,6 +61,7 @@ class Device:
                 super().close()
 
         monkeypatch.setattr(partial_offload, "bring", bring)
+        monkeypatch.setattr(partial_offload, "Loan", Booked)
         monkeypatch.setattr(partial_offload, "Window", Counted)
 
     def bytes_of(self, module: nn.Module) -> int:

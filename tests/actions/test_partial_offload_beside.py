@@ -46,6 +46,31 @@ def test_weights_changed_in_place_while_it_is_on():
     assert torch.equal(tiny.picture(pipe), tiny.picture(plain))
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_weights_changed_while_they_are_on_the_device(leaves, device):
+    """What is changed there goes home; what is not comes back to the memory it had, without a copy."""
+    pipe, plain = turbo(tiny.sd()), tiny.sd()
+    pipe.enable_partial_offload(EVERYTHING, denoiser_leaves=leaves, device="cpu:0")
+    tiny.picture(pipe)
+    tiny.picture(pipe)
+    parts = [pipe.vae, pipe.text_encoder, *([pipe.unet] if leaves else [])]
+    homes = {tensor: tensor.data_ptr() for part in parts for tensor in part.parameters()}
+
+    def in_the_middle(pipe, step, timestep, tensors):
+        with torch.no_grad():
+            pipe.unet.conv_in.weight.mul_(1 + step / 10)
+            pipe.vae.decoder.conv_in.bias.add_(0.1)
+        return {}
+
+    ours, stock = (tiny.picture(each, steps=3, callback_on_step_end=in_the_middle) for each in (pipe, plain))
+    assert torch.equal(ours, stock)
+    assert torch.equal(tiny.picture(pipe), tiny.picture(plain))
+    assert {tensor: tensor.data_ptr() for tensor in homes} == homes
+    pipe.disable_offload()
+    assert torch.equal(pipe.unet.conv_in.weight, plain.unet.conv_in.weight)
+    assert torch.equal(tiny.picture(pipe), tiny.picture(plain))
+
+
 @pytest.mark.parametrize("resident_bytes", [0, 700_000, EVERYTHING])
 def test_a_lora_that_comes_and_goes(resident_bytes, device):
     pipe, plain = turbo(tiny.sd()), tiny.sd()
