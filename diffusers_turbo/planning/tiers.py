@@ -106,6 +106,8 @@ def judge_tier(situation: Situation, tier: Tier, *, compiled: bool) -> list[Verd
             verdicts.append(leave(options, trouble))
         elif compiled and isinstance(options, FusedKernels):
             verdicts.append(leave(options, "The compiler fuses the same passes itself."))
+        elif compiled and isinstance(options, PointwiseMatmul):
+            verdicts.append(leave(options, "The compiler adds biases in other passes itself."))
         elif tier.name is None:
             verdicts.append(leave(options, f"{what}; {tier.reason}."))
         else:
@@ -192,7 +194,10 @@ def _guidance(situation: Situation) -> str | None:
 
 
 def _pointwise(situation: Situation) -> str | None:
-    return "Whether they are faster than the convolutions of cuDNN was not measured yet."
+    dtype = running_dtype(situation, judge_precision(situation))
+    if dtype not in _HALF:
+        return f"In {dtype} convolutions may be set to use TF32 where products are not."
+    return _unet(situation)
 
 
 def _upcast_copy(situation: Situation) -> str | None:
@@ -206,7 +211,7 @@ def _upcast_copy(situation: Situation) -> str | None:
 _SWITCHES: tuple[tuple[Options, Callable[[Situation], str | None], str], ...] = (
     (VAEUpcastCopy(), _upcast_copy, "It spares two casts of the VAE a picture"),
     (FusedKernels(), _kernels, "They spare passes over memory in norms and feed-forwards of a channels-last UNet"),
-    (PointwiseMatmul(), _pointwise, ""),
+    (PointwiseMatmul(), _pointwise, "It spares a pass over memory for the bias of each 1x1 convolution"),
     (SyncFreeLoop(), _loop, "It spares the host's waiting for the GPU {waits}"),
     (CUDAGraphs(), _graphs, "It spares the launches one by one"),
     (TimeProjections(), _time, "It spares a UNet's time embedding and a product a resnet at every step"),

@@ -72,7 +72,7 @@ def test_what_was_not_measured_has_to_be_asked_for(facts, why):
 
 def test_instant_on_sd15():
     made = plan(facts_of("sd15"), H100, tier="instant", images=10_000)
-    assert taken(made) >= ONLY_OF_TIERS - {"enable_vae_upcast_copy", "enable_pointwise_matmul"} | {
+    assert taken(made) >= ONLY_OF_TIERS - {"enable_vae_upcast_copy"} | {
         "enable_channels_last",
         "fuse_qkv_projections",
     }
@@ -82,11 +82,25 @@ def test_instant_on_sd15():
     assert "decodes in the dtype its VAE has" in reason(made, "enable_vae_upcast_copy")
 
 
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        (facts_of("sd15", dtype="float32"), "In float32 convolutions may be set to use TF32"),
+        (facts_of("pixart"), "It was made for UNets"),
+    ],
+    ids=["float32", "pixart"],
+)
+def test_where_1x1_convolutions_stay_convolutions(facts, why):
+    made = plan(facts, H100, tier="instant", exact=True)
+    assert why in reason(made, "enable_pointwise_matmul")
+
+
 def test_compiled_on_sdxl():
     made = plan(facts_of("sdxl"), H100, tier="compiled")
     assert taken(made) >= {"compile_unet", "compile_vae", "enable_cuda_graphs", "enable_vae_upcast_copy"}
     assert "enable_fused_kernels" not in taken(made)
     assert "The compiler fuses the same passes itself" in reason(made, "enable_fused_kernels")
+    assert "adds biases in other passes" in reason(made, "enable_pointwise_matmul")
     assert "two equal halves is not known" in reason(made, "enable_shared_guidance")
     order = [step.action for step in made.steps]
     assert order.index("compile_unet") < order.index("enable_cuda_graphs") < order.index("enable_prompt_projections")
