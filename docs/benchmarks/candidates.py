@@ -5,6 +5,8 @@ python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--onl
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
     geglu             projection, then the kernel that halves it; both in one kernel, by pointers; on Hopper by TMA, the
                       package's kernel, or by warps with one task each
+    group-norm        as it runs now; all of a group in the registers of one program, read once; where groups are split,
+                      the launch between the other two with all that it reads at once
     projections       queries, keys and values by three products, by one
     residual          a product, then its addition to the residual and the norm of the sum in one kernel; the addition
                       in the product, then the norm alone (without biases, which would go into the norms)
@@ -25,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 
 from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.kernels import KERNELS
+from diffusers_turbo.kernels.group_norm import group_norm_launch
 from diffusers_turbo.kernels.linear_geglu import PERSISTENT, SINGLE
 
 PROMPT = 77
@@ -62,6 +66,30 @@ class Case:
     ways: dict[str, Callable[[], Tensor]]
     wide: Callable[[], Tensor]
     operations: float
+
+
+@triton.jit
+def held_group_norm_kernel(x, output, weight, bias, positions, channels, eps, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """GroupNorm and SiLU of one group of `[B, positions, channels]`, which its program reads once and holds."""
+    groups = channels // GROUP
+    batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    index = tl.arange(0, BLOCK)
+    column = index % GROUP
+    slots = positions * GROUP
+    present = index < slots
+    start = batch.to(tl.int64) * positions * channels + group * GROUP
+    offset = index // GROUP * channels + column
+    value = tl.load(x + start + offset, mask=present, other=0).to(tl.float32)
+    centred = tl.where(present, value - tl.sum(value, axis=0) / slots, 0.0)
+    # the first mean rounds as large numbers do; what it missed is small
+    missed = tl.sum(centred, axis=0) / slots
+    variance = tl.sum(centred * centred, axis=0) / slots - missed * missed
+    # last, for they take a register an element as well
+    gain = tl.load(weight + group * GROUP + column).to(tl.float32)
+    shift = tl.load(bias + group * GROUP + column).to(tl.float32)
+    result = (centred - missed) * (gain / tl.sqrt_rn(variance + eps)) + shift
+    result = result / (1.0 + tl.exp(-result))
+    tl.store(output + start + offset, result.to(output.dtype.element_ty), mask=present)
 
 
 @triton.jit
@@ -288,6 +316,8 @@ def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
         x = inputs[0] if inputs else None
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             found["convolution"][(*x.shape, module.out_channels, module.stride[0])] += 1
+        elif isinstance(module, nn.GroupNorm):
+            found["group-norm"][tuple(x.shape)] += 1
         elif type(module).__name__ == "GEGLU":
             found["geglu"][(x.numel() // x.shape[-1], x.shape[-1], output.shape[-1])] += 1
         elif type(module).__name__ == "Attention":
@@ -348,6 +378,37 @@ def geglu(shape: tuple[int, ...], draw: Any) -> Any:
             ways[f"by tasks {tile}"] = lambda tile=tile: warps_geglu(x, weight, bias, tile)
     wide = lambda: KERNELS["geglu"].plain(F.linear(x.float(), weight.float(), bias.float()))  # noqa: E731
     return ways, wide, 4 * rows * depth * width
+
+
+def held_group_norm(x: Tensor, weight: Tensor, bias: Tensor, each: int) -> Tensor:
+    """Normalise `[B, C, H, W]` in 32 groups, `each` elements a thread, and apply SiLU."""
+    (batch, channels), positions = x.shape[:2], x[0, 0].numel()
+    output, groups = torch.empty_like(x), min(32, channels)
+    block = triton.next_power_of_2(positions * channels // groups)
+    warps = min(max(block // (32 * each), 1), 32)
+    held_group_norm_kernel[(batch * groups,)](
+        x, output, weight, bias, positions, channels, 1e-5, channels // groups, block, num_warps=warps
+    )
+    return output
+
+
+def group_norm(shape: tuple[int, ...], draw: Any) -> Any:
+    channels = shape[1]
+    x, weight, bias = draw(*shape).contiguous(memory_format=torch.channels_last), draw(channels), draw(channels)
+    groups = min(32, channels)
+    now = group_norm_launch(channels, x[0, 0].numel(), groups)
+    run = partial(KERNELS["group_norm"].run, x, groups, weight, bias, silu=True)
+    ways = {"now": run}
+    if x[0].numel() // groups <= 32768:
+        for each in (16, 32, 64):
+            ways[f"held, {each} a thread"] = lambda each=each: held_group_norm(x, weight, bias, each)
+    if now.split:
+        for block, warps in ((4096, 16), (4096, 8), (1024, 4)):
+            launch = replace(now, finish_block=block, finish_warps=warps)
+            ways[f"finished by {block} with {warps} warps"] = lambda launch=launch: run(launch=launch)
+    plain = KERNELS["group_norm"].plain
+    wide = lambda: plain(x.float(), groups, weight.float(), bias.float(), silu=True)  # noqa: E731
+    return ways, wide, 0
 
 
 def projections(shape: tuple[int, ...], draw: Any) -> Any:
@@ -419,6 +480,7 @@ def cross_attention(shape: tuple[int, ...], draw: Any) -> Any:
 KINDS = {
     "convolution": convolution,
     "geglu": geglu,
+    "group-norm": group_norm,
     "projections": projections,
     "residual": residual,
     "cross-attention": cross_attention,
@@ -426,6 +488,7 @@ KINDS = {
 TINY = {
     "convolution": {(1, 8, 4, 4, 8, 1): 1, (1, 8, 5, 4, 8, 2): 1},
     "geglu": {(24, 32, 48): 1},
+    "group-norm": {(2, 8, 5, 3): 1},
     "projections": {(1, 4, 8, 2): 1},
     "residual": {(12, 8, 16): 1},
     "cross-attention": {(2, 4, 16, 2): 1},
