@@ -29,6 +29,7 @@ from diffusers_turbo.kernels.add_layer_norm import add_layer_norm_launch
 from diffusers_turbo.kernels.bias_residual import bias_residual_launch
 from diffusers_turbo.kernels.geglu import geglu_launch
 from diffusers_turbo.kernels.group_norm import group_norm_launch
+from diffusers_turbo.kernels.linear_geglu import PERSISTENT, SINGLE
 
 Job = Callable[[], Any]
 
@@ -60,7 +61,7 @@ TOKENS = [
     ("SDXL 1024", 2, 1024, 1280),
 ]
 QUICK_IMAGES, QUICK_TOKENS = [IMAGES[0], IMAGES[4], IMAGES[14]], TOKENS[:1]
-TINY_IMAGES, TINY_TOKENS = [("tiny", 1, 32, 4)], [("tiny", 1, 4, 8)]
+TINY_IMAGES, TINY_TOKENS = [("tiny", 1, 32, 4)], [("tiny", 1, 4, 64)]
 GROUPS = 32
 
 
@@ -110,6 +111,11 @@ def cases(images: list[Any], tokens: list[Any], dtype: torch.dtype, device: str)
             f"{rows} x {n}": replace(wide, rows=rows, columns=n) for rows, n in ((4, 256), (16, 256), (2, 1024))
         }
         yield Case("geglu", model, list(x.shape), (x,), {}, size(x) * 3 // 2, launches)
+        if (device, dtype) in KERNELS["linear_geglu"].places():
+            arguments = (randn(batch, length, width), randn(8 * width, width) * width**-0.5, randn(8 * width))
+            least = sum(map(size, arguments)) + size(x) // 2
+            launches = {"persistent": PERSISTENT, "single": SINGLE}
+            yield Case("linear_geglu", model, [batch, length, width], arguments, {}, least, launches)
         x, residual = randn(2, batch, length, width)
         row = add_layer_norm_launch(width)
         launches = {f"{n} rows, {w} warps": replace(row, rows=n, warps=w) for n, w in ((1, 4), (2, 4), (4, 4), (4, 8))}
