@@ -76,7 +76,7 @@ def test_no_further_from_fp32_than_stock(pipe, part, call, dtype):
 
 @pytest.mark.slow
 def test_the_instant_tier_and_undo(pipe):
-    """Channels-last, fused projections, kernels, a loop that never waits and graphs, all at once."""
+    """Channels-last, fused projections, kernels, work ahead, a loop that never waits and graphs, all at once."""
 
     def picture() -> Tensor:
         latents = randn(1, 4, 64, 64, dtype=torch.float16, device="cuda")
@@ -89,6 +89,9 @@ def test_the_instant_tier_and_undo(pipe):
     pipe.enable_channels_last()
     pipe.fuse_qkv_projections()
     pipe.enable_fused_kernels()
+    pipe.enable_pointwise_matmul()
+    pipe.enable_time_projections()
+    pipe.enable_prompt_projections()
     eager = picture()
     pipe.enable_sync_free_loop()
     pipe.enable_cuda_graphs()
@@ -101,6 +104,7 @@ def test_the_instant_tier_and_undo(pipe):
     print(told)
     assert "plain PyTorch" not in told
     assert "UNet2DConditionModel: 1 captured" in told
+    assert told.count("(1 captured, 1 kept, 2 replays)") == 2  # what is computed ahead
     assert pipe.turbo_undo().left_alone == ()
     assert differences(before, state_of(pipe)) == []
     if repeatable:
