@@ -71,13 +71,14 @@ def apply_case(pipe: Any, case: Case, job: Job) -> Any:
     Args:
         pipe: an untouched pipeline.
         case: what to switch on. One with nothing to switch on leaves the pipeline a plain diffusers one.
-        job: the size, for plans.
+        job: the size and the steps, for plans.
 
     Raises:
         TurboError: a switch does not apply here, or a package is missing.
     """
     if case.auto is not None:
         given = {"device": job.device, "height": job.height, "width": job.width, "batch_size": max(job.batches)}
+        given["steps"] = job.steps  # with few of them other ways of offload are the cheaper ones
         return auto_optimize(pipe, **{**given, **case.auto})
     if case.switches:
         turbo(pipe)

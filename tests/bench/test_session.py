@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 
 from diffusers_turbo.actions.apply import APPLY
 from diffusers_turbo.actions.undo import Journal
+from diffusers_turbo.bench import loading
 from diffusers_turbo.bench.cases import Case, builtin_cases
 from diffusers_turbo.bench.results import Results, Status
 from diffusers_turbo.planning import options as opt
@@ -112,6 +113,20 @@ def test_plans_and_autocast_reach_the_calls(model, tmp_path, calls):
     assert [row.status for row in found.rows] == [Status.OK] * 2
     assert found.rows[0].report["plan"]["steps"]
     assert calls.autocast == [False, True, False, True]
+
+
+def test_a_plan_is_made_for_the_jobs_own_calls(model, tmp_path, monkeypatch):
+    asked = []
+
+    def auto_optimize(pipe: Any, **given: Any) -> Any:
+        asked.append(given)
+        return pipe
+
+    monkeypatch.setattr(loading, "auto_optimize", auto_optimize)
+    job = make_job(model, Case(name="auto", auto={}), Case(name="other", auto={"steps": 9}), rounds=1, steps=2)
+    measure(job, tmp_path)
+    given = {"device": "cpu", "height": None, "width": None, "batch_size": 1, "steps": 2}
+    assert asked == [given, given | {"steps": 9}]
 
 
 def mid_block_skipped(pipe: Any, options: Any) -> Journal:
