@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import FusedConv, FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in, unwatched, without_bias
+from .layers import HOOKS, FusedConv, FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in, unwatched, without_bias
 
 
 @dataclass(eq=False)
@@ -131,12 +131,19 @@ class FusedTransformerBlock(FusedBlock):
         ahead = None if self.following is None else stand_in(self.following)
         if not isinstance(ahead, FusedTransformerBlock) or not ahead.is_own_kind() or _must_be_left(x):
             return x + residual
-        if not isinstance(stand_in(self.following.norm1), FusedLayerNorm):
+        if not isinstance(stand_in(self.following.norm1), FusedLayerNorm) or not _is_here(self.following, x.device):
             return x + residual
         added, normed = self.following.norm1(x, residual=residual)
         ahead._handed = added, added._version, normed
         result: Tensor = added
         return result
+
+
+def _is_here(block: Any, device: torch.device) -> bool:
+    """Whether a block's first norm can be called before the block, whose weights offload may still have to bring."""
+    hooked = any(name in vars(module) for module in (block, block.norm1) for name in HOOKS)
+    weights = (block.norm1.weight, block.norm1.bias)
+    return not hooked and all(weight is None or weight.device == device for weight in weights)
 
 
 def _must_be_left(x: Tensor) -> bool:

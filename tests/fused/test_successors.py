@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.fused.on_cpu import fuse
 from tests.fused.test_blocks import changed_affine, near
@@ -90,6 +90,30 @@ def test_a_compiler_sees_one_graph(pair, kernel_calls):
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     near(result_of(compiled), result_of(host))
     near(result_of(ours), result_of(host))
+
+
+@torch.no_grad()
+def test_weights_that_come_with_their_block(pair, kernel_calls):
+    """As offload by blocks has it."""
+    host, ours = pair
+    fuse(ours)
+    block = ours.transformer_blocks[1]
+    weight = block.norm1.weight
+    block.norm1.weight = nn.Parameter(weight.to("meta"))
+    block.register_forward_pre_hook(lambda *_: setattr(block.norm1, "weight", weight))
+    near(result_of(ours), result_of(host))
+    assert kernel_calls["add_layer_norm"] == 3 * 2 + 1
+
+
+@pytest.mark.parametrize("find", [lambda block: block, lambda block: block.norm1], ids=["block", "norm"])
+@pytest.mark.parametrize("name", ["_hf_hook", "_diffusers_hook"])
+@torch.no_grad()
+def test_a_layer_under_a_hook_of_offload_is_called_in_its_turn(pair, find, name, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    setattr(find(ours.transformer_blocks[1]), name, "a hook")
+    near(result_of(ours), result_of(host))
+    assert kernel_calls["add_layer_norm"] == 3 * 2 + 1
 
 
 @torch.no_grad()
