@@ -69,11 +69,12 @@ class AheadCall(ABC):
         if fresh:
             self.forwards.lift()
             self.release()
-        self.reason = self.why_not(carriers, fresh)
-        if fresh and self.reason is None:
+        reason = self.why_not(carriers, fresh)
+        if fresh and reason is None:
             self.lay()
-        self._state = State(carriers) if self.reason is None else None
-        return self.reason
+        self._state = State(carriers) if reason is None else None
+        self.reason = reason  # last: another thread may ask
+        return reason
 
     def enter_call(self, pipe: Any) -> None:
         """A call of the pipeline begins; while the text encoders run, there is time to prepare."""
@@ -117,9 +118,10 @@ class AheadCall(ABC):
         network = _graphs_of(self.inner)
         if network is None:
             return self.compute(*inputs, **how)
-        if self.graphs is None:
-            self.graphs = GraphedCall(nn.ModuleList(self.carriers()), self.compute, network.max_graphs)
-        made: Tensor = self.graphs(*inputs, **how)
+        graphs = self.graphs  # another thread may release them
+        if graphs is None:
+            graphs = self.graphs = GraphedCall(nn.ModuleList(self.carriers()), self.compute, network.max_graphs)
+        made: Tensor = graphs(*inputs, **how)
         return made
 
     def release(self) -> None:

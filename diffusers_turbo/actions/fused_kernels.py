@@ -57,8 +57,10 @@ class FusedLayers:
     def tell(self) -> list[str]:
         """Say of each kernel how many layers ran on it at their last call, and why the others did not."""
         told = []
+        instead = (getattr(layer, "otherwise", None) for layer in self.layers)
+        called = [*self.layers, *(layer for layer in instead if layer is not None and layer.refused is not None)]
         for kernel in KERNELS:
-            layers = [layer for layer in self.layers if layer.kernel == kernel]
+            layers = [layer for layer in called if layer.kernel == kernel]
             if layers:
                 fused = sum(layer.refused == () for layer in layers)
                 idle = sum(layer.refused is None for layer in layers)

@@ -130,7 +130,8 @@ class Loan:
             if tensor not in self._away:
                 home = tensor.data
                 tensor.data = self._copied(home)
-                self._away[tensor] = (home, tensor.data_ptr(), _version(tensor)) if faithful else None
+                known = faithful and home.device.type == HOST.type
+                self._away[tensor] = (home, tensor.data_ptr(), _version(tensor)) if known else None
 
     @torch.inference_mode(False)
     def end(self) -> None:

@@ -94,8 +94,8 @@ def sampled(samples: list[Sample]) -> Iterator[None]:
             samples.append(Sample(at, tuple(reversed(stack)), outside))
 
     thread = threading.Thread(target=look, daemon=True)
-    sys.setswitchinterval(EVERY_S / 2)  # the interpreter is asked for more often than a thread would be let in
     thread.start()
+    sys.setswitchinterval(EVERY_S / 2)  # the interpreter is asked for more often than a thread would be let in
     try:
         yield
     finally:
@@ -129,9 +129,15 @@ def describe_waits(found: Watched) -> str:
 
 def _weighed(samples: Sequence[Sample], waits: Sequence[tuple[float, float]]) -> Iterator[tuple[Sample, float]]:
     """Give each sample the waiting time between it and the one before."""
-    before = float("-inf")
+    before, first = float("-inf"), 0
     for sample in samples:
-        micros = sum(max(0.0, min(end, sample.at) - max(begin, before)) for begin, end in waits)
+        micros = 0.0
+        for index in range(first, len(waits)):  # both are in order
+            begin, end = waits[index]
+            if begin >= sample.at:
+                break
+            micros += max(0.0, min(end, sample.at) - max(begin, before))
+            first = index
         if micros:
             yield sample, micros
         before = sample.at

@@ -31,8 +31,8 @@ class FusedBlock:
         return type(self.module) is self.kind
 
     def norms_are(self, expected: type[FusedForward], *norms: nn.Module) -> bool:
-        """Whether the block is of its own class still and its norms take what is asked of them here."""
-        return self.is_own_kind() and all(isinstance(stand_in(norm), expected) for norm in norms)
+        """Whether the block is of its own class, and its norms take what is asked of them here, nobody looking on."""
+        return self.is_own_kind() and all(isinstance(stand_in(norm), expected) and unwatched(norm) for norm in norms)
 
 
 class FusedResnetBlock(FusedBlock):
@@ -96,6 +96,7 @@ class FusedTransformerBlock(FusedBlock):
     ) -> Tensor:
         """Run the block on `[B, N, D]`; the arguments are the host's."""
         block, given = self.module, cross_attention_kwargs or {}
+        handed, self._handed = self._handed, None
         unusual = block._chunk_size is not None or hidden_states.ndim != 3 or "gligen" in given
         if unusual or not self.norms_are(FusedLayerNorm, block.norm2, block.norm3):
             host_result: Tensor = type(block).forward(
@@ -110,7 +111,7 @@ class FusedTransformerBlock(FusedBlock):
                 added_cond_kwargs,
             )
             return host_result
-        attended = block.attn1(self._normed(hidden_states), attention_mask=attention_mask, **given)
+        attended = block.attn1(self._normed(hidden_states, handed), attention_mask=attention_mask, **given)
         hidden_states, normed = block.norm2(attended, residual=hidden_states)
         attended = block.attn2(
             normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **given
@@ -118,9 +119,8 @@ class FusedTransformerBlock(FusedBlock):
         hidden_states, normed = block.norm3(attended, residual=hidden_states)
         return self._hand_on(block.ff(normed), hidden_states)
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, handed: tuple[Tensor, int, Tensor] | None) -> Tensor:
         """Return the first norm of `[B, N, D]`: what the block before made, if this is its sum, and unchanged."""
-        handed, self._handed = self._handed, None
         if handed is not None and handed[0] is x and handed[1] == x._version:
             return handed[2]
         result: Tensor = self.module.norm1(x)
@@ -128,8 +128,10 @@ class FusedTransformerBlock(FusedBlock):
 
     def _hand_on(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add `[B, N, D]` to the residual, and in the same pass normalise the sum for the block that follows."""
-        ahead = None if self.following is None else stand_in(self.following)
-        if not isinstance(ahead, FusedTransformerBlock) or not ahead.is_own_kind() or _must_be_left(x):
+        if _must_be_left(x) or self.following is None:
+            return x + residual
+        ahead = stand_in(self.following)
+        if not isinstance(ahead, FusedTransformerBlock) or not ahead.is_own_kind():
             return x + residual
         if not isinstance(stand_in(self.following.norm1), FusedLayerNorm) or not _is_here(self.following, x.device):
             return x + residual
@@ -140,10 +142,11 @@ class FusedTransformerBlock(FusedBlock):
 
 
 def _is_here(block: Any, device: torch.device) -> bool:
-    """Whether a block's first norm can be called before the block, whose weights offload may still have to bring."""
-    hooked = any(name in vars(module) for module in (block, block.norm1) for name in HOOKS)
-    weights = (block.norm1.weight, block.norm1.bias)
-    return not hooked and all(weight is None or weight.device == device for weight in weights)
+    """Whether a block's first norm may be called before the block: nobody looks on, or has its weights to bring."""
+    norm = block.norm1
+    if not unwatched(norm) or any(name in vars(module) for module in (block, norm) for name in HOOKS):
+        return False
+    return all(weight is None or weight.device == device for weight in (norm.weight, norm.bias))
 
 
 def _must_be_left(x: Tensor) -> bool:

@@ -165,6 +165,7 @@ class FusedLayerNorm(FusedForward):
         """Normalise `[.., D]`, or return the sum with `residual` and its norm."""
         norm = self.module
         if residual is None:
+            self.refused = ("it was given no residual to add",)
             return F.layer_norm(input, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return self.run(input, residual, norm.weight, norm.bias, norm.eps)
 
@@ -220,7 +221,7 @@ class FusedLinearGEGLU(FusedForward):
                 yield (weight.shape[-1], bias is None, launch), (x, weight, bias), {"launch": launch}
 
     def rehearsals(self) -> Iterator[Rehearsal]:
-        """Its own, and those of what does the work otherwise."""
+        """Return its own, and those of what does the work otherwise."""
         yield from super().rehearsals()
         if self.otherwise is not None:
             yield from self.otherwise.rehearsals()
@@ -247,6 +248,8 @@ class FusedLinearGEGLU(FusedForward):
         proj = self.module.proj
         if type(proj) is not nn.Linear or "forward" in vars(proj) or not unwatched(proj):
             return [f"its projection is not a plain nn.Linear ({type(proj).__name__})"]
+        if any(type(weight) not in (nn.Parameter, Tensor) for weight in (proj.weight, proj.bias) if weight is not None):
+            return [f"its weight is a {type(proj.weight).__name__}"]
         if torch.is_autocast_enabled(x.device.type):
             return ["autocast chooses the dtype of the projection"]
         return ["it is given more than its input"] if more else []

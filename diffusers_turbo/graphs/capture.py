@@ -39,15 +39,22 @@ class CudaCapture:
             RuntimeError: it does something that cannot be recorded.
         """
         self.device = device
-        self.graph = torch.cuda.CUDAGraph(keep_graph=True)  # not instantiated at once
         self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.device(device):
-            # "thread_local": another thread may allocate meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.output = run()
+            self._record(run)
             if driver := driver_for(torch.cuda.current_device()):
-                memsets_by_kernels(self.graph.raw_cuda_graph(), driver)
+                try:
+                    memsets_by_kernels(self.graph.raw_cuda_graph(), driver)
+                except RuntimeError:  # half of it may be done: as it was, then
+                    self.release()
+                    self._record(run)
             self.graph.instantiate()
+
+    def _record(self, run: Callable[[], Any]) -> None:
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)  # not instantiated at once
+        # "thread_local": another thread may allocate meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.output = run()
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

@@ -21,8 +21,8 @@ import torch
 WORDS = 64
 """Longer memsets stay: they are few, and what is said above is nothing beside their own time."""
 
-MEMSET = 2
-"""CU_GRAPH_NODE_TYPE_MEMSET: of the kinds of nodes, the one looked for."""
+MEMSET, ALLOCATION, FREEING = 2, 10, 11
+"""Kinds of nodes (CUgraphNodeType): the one looked for, and two beside which no node may be removed."""
 
 LOSSY_QUERY = 402
 """CUDA_ERROR_LOSSY_QUERY: an edge says more than that one node runs after the other."""
@@ -81,8 +81,11 @@ class Driver(Protocol):
     def nodes(self, graph: int) -> list[int]:
         """Return all nodes of a graph."""
 
-    def memset(self, node: int) -> Memset | None:
-        """Return what a node sets, None if it is of another kind."""
+    def kind(self, node: int) -> int:
+        """Return the kind of a node."""
+
+    def memset(self, node: int) -> Memset:
+        """Return what a memset node sets."""
 
     def neighbours(self, node: int) -> tuple[list[int], list[int]] | None:
         """Return the nodes before and after a node; None where an edge is more than one after the other."""
@@ -100,6 +103,8 @@ class Driver(Protocol):
 def memsets_by_kernels(graph: int, driver: Driver) -> int:
     """Replace the short memsets of a captured graph that is not instantiated yet; return how many there were.
 
+    None is, where the graph allocates memory itself (the allocator cudaMallocAsync): its nodes can't be removed.
+
     Args:
         graph: as `torch.cuda.CUDAGraph.raw_cuda_graph()` returns it.
         driver: of the device that it was captured on, which is the current one.
@@ -108,11 +113,14 @@ def memsets_by_kernels(graph: int, driver: Driver) -> int:
         RuntimeError: CUDA refused; the graph must not be used.
     """
     count = 0
-    for node in driver.nodes(graph):
+    kinds = {node: driver.kind(node) for node in driver.nodes(graph)}
+    if not {ALLOCATION, FREEING}.isdisjoint(kinds.values()):
+        return 0
+    for node in (node for node, kind in kinds.items() if kind == MEMSET):
         memset = driver.memset(node)
-        words = memset.words() if memset else None
+        words = memset.words()
         around = driver.neighbours(node) if words else None
-        if memset is None or words is None or around is None:
+        if words is None or around is None:
             continue
         before, after = around
         driver.link(graph, driver.add_fill(graph, before, memset.target, *words), after)
@@ -171,12 +179,15 @@ class CudaDriver:
         """Return all nodes of a graph."""
         return self._listed("cuGraphGetNodes", graph) or []
 
-    def memset(self, node: int) -> Memset | None:
-        """Return what a node sets, None if it is of another kind."""
-        kind, found = ctypes.c_int(), _MemsetParameters()
+    def kind(self, node: int) -> int:
+        """Return the kind of a node."""
+        kind = ctypes.c_int()
         self._call("cuGraphNodeGetType", c_void_p(node), byref(kind))
-        if kind.value != MEMSET:
-            return None
+        return kind.value
+
+    def memset(self, node: int) -> Memset:
+        """Return what a memset node sets."""
+        found = _MemsetParameters()
         self._call("cuGraphMemsetNodeGetParams", c_void_p(node), byref(found))
         return Memset(found.target, found.value, found.size, found.width, found.height)
 
@@ -223,8 +234,8 @@ class CudaDriver:
 def driver_for(device: int) -> CudaDriver | None:
     """Return the driver with the kernel on a CUDA device, None where there is none of NVIDIA's."""
     with torch.cuda.device(device):
-        torch.empty(1, device="cuda")  # the driver wants torch's context to be there
         try:
+            torch.empty(1, device="cuda")  # the driver wants torch's context to be there
             return CudaDriver()
         except (OSError, RuntimeError):
             return None

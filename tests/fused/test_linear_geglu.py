@@ -84,6 +84,20 @@ def test_a_projection_that_is_more_than_a_linear_is_called(pair, change, kernel_
     )
 
 
+class Quantised(torch.Tensor):
+    """A weight that says float32 and is something else, as torchao's are."""
+
+
+@torch.no_grad()
+def test_a_weight_of_another_class_is_the_projections_own(pair, kernel_calls):
+    host, ours = pair
+    journal = fuse(ours)
+    ours.net.proj.weight = nn.Parameter(ours.net.proj.weight.as_subclass(Quantised), requires_grad=False)
+    assert torch.equal(torch.Tensor(ours(X)), host(X))
+    assert ran(kernel_calls) == {"geglu": 1}
+    assert "geglu: 1 of 1 layers ran the kernel at their last call" in told(journal)
+
+
 @torch.no_grad()
 def test_where_autocast_chooses_the_dtype(pair, kernel_calls):
     host, ours = pair

@@ -92,6 +92,21 @@ def test_a_compiler_sees_one_graph(pair, kernel_calls):
     near(result_of(ours), result_of(host))
 
 
+@pytest.mark.parametrize("name", ["norm1", "norm2", "norm3"])
+@torch.no_grad()
+def test_who_looks_at_a_norm_sees_what_it_is_given_and_gives(pair, name, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    seen = []
+    for module in pair:
+        norm = getattr(module.transformer_blocks[1], name)
+        norm.register_forward_hook(lambda norm, args, output: seen.append((args[0], output)) or output * 0.5)
+    near(result_of(ours), result_of(host))
+    (ours_in, ours_out), (host_in, host_out) = seen
+    near(ours_in, host_in)
+    near(ours_out, host_out)
+
+
 @torch.no_grad()
 def test_weights_that_come_with_their_block(pair, kernel_calls):
     """As offload by blocks has it."""

@@ -10,14 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_turbo.graphs.memsets import WORDS, Memset, driver_for, memsets_by_kernels
+from diffusers_turbo.graphs.memsets import (
+    ALLOCATION,
+    FREEING,
+    MEMSET,
+    WORDS,
+    Memset,
+    driver_for,
+    memsets_by_kernels,
+)
 
 
 class Graph:
     """A graph that runs on a bytearray: nodes are functions of it, edges say what runs before what."""
 
     def __init__(self) -> None:
-        self.work, self.edges, self.numbers = {}, set(), count(1)
+        self.work, self.edges, self.numbers, self.kinds = {}, set(), count(1), {}
 
     def add(self, work, *before):
         node = next(self.numbers)
@@ -44,8 +52,11 @@ class Graph:
     def nodes(self, graph):
         return list(self.work)
 
+    def kind(self, node):
+        return MEMSET if isinstance(self.work[node], Memset) else self.kinds.get(node, 0)
+
     def memset(self, node):
-        return self.work[node] if isinstance(self.work[node], Memset) else None
+        return self.work[node]
 
     def neighbours(self, node):
         return [a for a, b in self.edges if b == node], [b for a, b in self.edges if a == node]
@@ -117,6 +128,15 @@ def test_other_memsets_stay(memset):
     assert (graph.work, graph.edges) == before
 
 
+@pytest.mark.parametrize("kind", [ALLOCATION, FREEING])
+def test_where_memory_is_allocated_nothing_is_removed(kind):
+    graph = one_after_the_other(None, Memset(0, 0, 4, 1, 1))
+    graph.kinds = {1: kind}
+    before = dict(graph.work), set(graph.edges)
+    assert memsets_by_kernels(0, graph) == 0
+    assert (graph.work, graph.edges) == before
+
+
 def test_a_memset_among_other_edges_stays():
     graph = one_after_the_other(increment, Memset(0, 0, 4, 1, 1))
     graph.neighbours = lambda node: None
@@ -152,6 +172,11 @@ class TestOnAGPU:
             output = run()
         return graph, output
 
+    def memsets_left(self, graph):
+        driver = driver_for(0)
+        nodes = driver.nodes(graph.raw_cuda_graph())
+        return [driver.memset(node) for node in nodes if driver.kind(node) == MEMSET]
+
     def test_what_the_driver_sets_is_set_by_kernels(self):
         driver, memory = driver_for(0), torch.zeros(256, dtype=torch.int32, device="cuda")
         address = memory.data_ptr()
@@ -170,8 +195,7 @@ class TestOnAGPU:
 
         graph, output = self.recorded(run)
         assert memsets_by_kernels(graph.raw_cuda_graph(), driver) == 3
-        left = [driver.memset(node) for node in driver.nodes(graph.raw_cuda_graph())]
-        assert [memset.width for memset in left if memset] == [5]
+        assert [memset.width for memset in self.memsets_left(graph)] == [5]
         graph.instantiate()
         expected = torch.zeros(256, dtype=torch.int32)
         as_bytes = expected.view(torch.uint8)
@@ -203,7 +227,7 @@ class TestOnAGPU:
         graph, output = self.recorded(attention)
         driver = driver_for(0)
         found = memsets_by_kernels(graph.raw_cuda_graph(), driver)
-        assert not any(driver.memset(node) for node in driver.nodes(graph.raw_cuda_graph()))
+        assert self.memsets_left(graph) == []
         graph.instantiate()
         for _ in range(5):
             output.zero_()
