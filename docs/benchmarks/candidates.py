@@ -3,8 +3,7 @@
 python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--only geglu ...] [--arch sd15 sdxl]
 
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
-    geglu             projection, then the kernel that halves it; both in one kernel, by pointers; on Hopper by TMA, the
-                      package's kernel, or by warps with one task each
+    geglu             projection, then the kernel that halves it; on Hopper both in one kernel, cut in several ways
     group-norm        as it runs now; all of a group in the registers of one program, read once; where groups are split,
                       the launch between the other two with all that it reads at once
     projections       queries, keys and values by three products, by one
@@ -37,16 +36,6 @@ import triton.language as tl
 from kernels import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
 from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.kernels import KERNELS
@@ -92,219 +81,9 @@ def held_group_norm_kernel(x, output, weight, bias, positions, channels, eps, GR
     tl.store(output + start + offset, result.to(output.dtype.element_ty), mask=present)
 
 
-@triton.jit
-def gelu(x):
-    """`x * Phi(x)` to 3e-7, from log2(2 * Phi(-|x|)) as a polynomial: one exp2, and no cases as in erf."""
-    size = tl.abs(x)
-    power = -8.249931511272734e-07 * size + 1.4624984032707289e-05
-    power = power * size - 6.73452450428158e-05
-    power = power * size - 0.000421085802372545
-    power = power * size + 0.00742132144162941
-    power = power * size - 0.052726320922374725
-    power = power * size - 0.4591415822505951
-    power = power * size - 1.151111364364624
-    return tl.maximum(x, 0.0) - size * tl.exp2(power * size - 1.0)
-
-
-@triton.jit
-def place_of(tile, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
-    """Row and column where a tile starts; tiles that share weights and rows are neighbours, so the cache holds both."""
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
-    band = tile // (TOGETHER * across)
-    height = tl.minimum(down - band * TOGETHER, TOGETHER)
-    place = tile % (TOGETHER * across)
-    return (band * TOGETHER + place % height) * ROWS, (place // height) * COLUMNS
-
-
-@triton.jit
-def linear_geglu_kernel(
-    x,
-    weight,
-    bias,
-    output,
-    rows,
-    width,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    """`[rows, depth]` times both halves of `[2 * width, depth]`, a tile of each half at a time, value * gelu(gate)."""
-    depth = STEPS * DEPTH
-    row, column = place_of(tl.program_id(0), rows, width, ROWS, COLUMNS, TOGETHER)
-    row += tl.arange(0, ROWS)
-    column += tl.arange(0, COLUMNS)
-    deep = tl.arange(0, DEPTH)
-    left = x + row[:, None] * depth + deep[None, :]
-    right = weight + column[None, :] * depth + deep[:, None]
-    half = width * depth
-    present = row[:, None] < rows
-    value = tl.zeros((ROWS, COLUMNS), tl.float32)
-    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(STEPS):
-        part = tl.load(left, mask=present, other=0.0)
-        value = tl.dot(part, tl.load(right), value)
-        gate = tl.dot(part, tl.load(right + half), gate)
-        left += DEPTH
-        right += DEPTH
-    value += tl.load(bias + column)[None, :].to(tl.float32)
-    gate += tl.load(bias + width + column)[None, :].to(tl.float32)
-    result = value * gelu(gate)
-    tl.store(output + row[:, None] * width + column[None, :], result.to(output.dtype.element_ty), present)
-
-
-@gluon.jit
-def fetch_tiles(x, weight, ring, sizes, COLUMNS: gl.constexpr, TOGETHER: gl.constexpr):
-    """One warp: load into each slot of the ring as soon as both groups have freed it."""
-    lefts, rights, ready, free = ring
-    rows, width, steps = sizes
-    SLOTS: gl.constexpr = rights.shape[0]
-    PART: gl.constexpr = x.block_shape[0]
-    DEPTH: gl.constexpr = x.block_shape[1]
-    tiles = gl.cdiv(rows, 2 * PART) * gl.cdiv(width, COLUMNS)
-    count = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, column = place_of(tile, rows, width, 2 * PART, COLUMNS, TOGETHER)
-        for step in range(steps):
-            slot = count % SLOTS
-            mbarrier.wait(free.index(slot), (count // SLOTS & 1) ^ 1)
-            here = ready.index(slot)
-            mbarrier.expect(here, 2 * x.block_type.nbytes + weight.block_type.nbytes)
-            tma.async_copy_global_to_shared(x, [row, step * DEPTH], here, lefts.index(2 * slot))
-            tma.async_copy_global_to_shared(weight, [0, column, step * DEPTH], here, rights.index(slot))
-            tma.async_copy_global_to_shared(x, [row + PART, step * DEPTH], here, lefts.index(2 * slot + 1))
-            count += 1
-
-
-@gluon.jit
-def multiply_tiles(
-    bias,
-    output,
-    ring,
-    ends,
-    sizes,
-    COLUMNS: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    HALF: gl.constexpr,
-    LATE: gl.constexpr,
-):
-    """One group of four warps: the upper or the lower `HALF` of each tile's rows, from product to output."""
-    lefts, rights, ready, free = ring
-    rows, width, steps = sizes
-    SLOTS: gl.constexpr = rights.shape[0]
-    PART: gl.constexpr = lefts.shape[1]
-    DEPTH: gl.constexpr = lefts.shape[2]
-    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    across = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    tiles = gl.cdiv(rows, 2 * PART) * gl.cdiv(width, COLUMNS)
-    end = ends.index(HALF)
-    if HALF * LATE:
-        # so that one group's end falls beside the other's products
-        mbarrier.wait(ready.index(LATE), 0)
-    count = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, column = place_of(tile, rows, width, 2 * PART, COLUMNS, TOGETHER)
-        value_bias = gl.load(bias + column + across)
-        gate_bias = gl.load(bias + width + column + across)
-        both = gl.zeros((PART, 2 * COLUMNS), gl.float32, both_layout)
-        for step in range(steps):
-            slot = count % SLOTS
-            mbarrier.wait(ready.index(slot), count // SLOTS & 1)
-            right = rights.index(slot).reshape([2 * COLUMNS, DEPTH]).permute([1, 0])
-            both = warpgroup_mma(lefts.index(2 * slot + HALF), right, both, use_acc=step > 0, is_async=True)
-            both = warpgroup_mma_wait(1, [both])
-            mbarrier.arrive(free.index((count + SLOTS - 1) % SLOTS), pred=step > 0)
-            count += 1
-        both = warpgroup_mma_wait(0, [both])
-        mbarrier.arrive(free.index((count + SLOTS - 1) % SLOTS))
-        value, gate = both.reshape([PART, 2, COLUMNS]).permute([0, 2, 1]).split()
-        value = gl.convert_layout(value, layout, assert_trivial=True) + value_bias[None, :].to(gl.float32)
-        gate = gl.convert_layout(gate, layout, assert_trivial=True) + gate_bias[None, :].to(gl.float32)
-        result = (value * gelu(gate)).to(output.dtype)
-        tma.store_wait(0)
-        end.store(result)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(output, [row + HALF * PART, column], end)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def warps_geglu_kernel(
-    x,
-    weight,
-    bias,
-    output,
-    rows,
-    width,
-    steps,
-    SLOTS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    LATE: gl.constexpr,
-):
-    """The package's kernel, persistent, with one warp to load and two groups that do not wait for each other."""
-    PART: gl.constexpr = x.block_shape[0]
-    DEPTH: gl.constexpr = x.block_shape[1]
-    lefts = gl.allocate_shared_memory(x.dtype, [2 * SLOTS, PART, DEPTH], x.layout)
-    rights = gl.allocate_shared_memory(x.dtype, [SLOTS, 2, COLUMNS, DEPTH], weight.layout)
-    ends = gl.allocate_shared_memory(x.dtype, [2, PART, COLUMNS], output.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=2)
-    fence_async_shared()
-    ring, sizes = (lefts, rights, ready, free), (rows, width, steps)
-    gl.warp_specialize(
-        [
-            (multiply_tiles, (bias, output, ring, ends, sizes, COLUMNS, TOGETHER, 0, LATE)),
-            (multiply_tiles, (bias, output, ring, ends, sizes, COLUMNS, TOGETHER, 1, LATE)),
-            (fetch_tiles, (x, weight, ring, sizes, COLUMNS, TOGETHER)),
-        ],
-        [4, 1],
-        [232, 24],
-    )
-
-
-# rows, columns (of each half), depth, stages, warps
-TILES = [(128, 128, 64, 4, 8), (128, 128, 32, 4, 8)]
-# and the package's kernel, which loads by TMA
-SINGLES = [SINGLE, replace(SINGLE, warps=4), replace(SINGLE, columns=128, stages=4)]
-PERSISTENTS = [PERSISTENT, replace(PERSISTENT, together=8), replace(PERSISTENT, stages=3)]
-# columns (of each half), depth, slots, tiles that run together, slots by which the second group starts late
-WARPS = [(128, 64, 4, 8, 0), (128, 64, 4, 8, 2), (128, 64, 4, 16, 0), (64, 64, 6, 8, 0)]
-
-
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
-    """Project `[M, K]` by `[2D, K]` and halve to `[M, D]` in one kernel; D and K are multiples of the tile's."""
-    (count, depth), width = x.shape, len(weight) // 2
-    rows, columns, deep, stages, warps = tile
-    output = x.new_empty(count, width)
-    grid = (triton.cdiv(count, rows) * triton.cdiv(width, columns),)
-    linear_geglu_kernel[grid](
-        x, weight, bias, output, count, width, depth // deep, rows, columns, deep, 8, num_stages=stages, num_warps=warps
-    )
-    return output
-
-
-def warps_geglu(x: Tensor, weight: Tensor, bias: Tensor, tile: tuple[int, ...]) -> Tensor:
-    """`linear_geglu` by warps with one task each, on Hopper only; tiles of 128 rows."""
-    (count, depth), width = x.shape, len(weight) // 2
-    columns, deep, slots, together, late = tile
-    output = x.new_empty(count, width)
-    described = []
-    for tensor, block in ((x, [64, deep]), (weight.view(2, width, depth), [2, columns, deep]), (output, [64, columns])):
-        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
-        described.append(GluonDescriptor.from_tensor(tensor, block, layout))
-    programs = triton.cdiv(count, 128) * triton.cdiv(width, columns)
-    programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    left, right, end = described
-    warps_geglu_kernel[(programs,)](
-        left, right, bias, end, count, width, depth // deep, slots, columns, together, late, num_warps=4
-    )
-    return output
+LAUNCHES = [SINGLE, replace(SINGLE, warps=4), replace(SINGLE, columns=128, stages=4)]
+LAUNCHES += [PERSISTENT, replace(PERSISTENT, together=8), replace(PERSISTENT, stages=3)]
+"""Of the package's kernel: the two that it chooses from, and their neighbours."""
 
 
 def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
@@ -368,14 +147,10 @@ def geglu(shape: tuple[int, ...], draw: Any) -> Any:
     x, weight, bias = draw(rows, depth), draw(2 * width, depth, scale=depth**-0.5), draw(2 * width)
     halve = KERNELS["geglu"].run
     ways = {"two kernels": lambda: halve(F.linear(x, weight, bias)), "product alone": lambda: F.linear(x, weight, bias)}
-    for tile in TILES if x.is_cuda else [(16, 16, 16, 1, 1)]:
-        ways[f"one kernel {tile}"] = lambda tile=tile: linear_geglu(x, weight, bias, tile)
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9:
-        for launch in [*SINGLES, *PERSISTENTS] if x.is_cuda else []:
+    if (x.device.type, x.dtype) in KERNELS["linear_geglu"].places():
+        for launch in LAUNCHES:
             name = f"{'persistent' if launch.persistent else 'single'} {tuple(map(int, astuple(launch)[:-1]))}"
             ways[name] = lambda launch=launch: KERNELS["linear_geglu"].run(x, weight, bias, launch=launch)
-        for tile in WARPS if x.is_cuda else []:
-            ways[f"by tasks {tile}"] = lambda tile=tile: warps_geglu(x, weight, bias, tile)
     wide = lambda: KERNELS["geglu"].plain(F.linear(x.float(), weight.float(), bias.float()))  # noqa: E731
     return ways, wide, 4 * rows * depth * width
 
