@@ -4,8 +4,7 @@ python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--onl
 
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
     geglu             projection, then the kernel that halves it; on Hopper both in one kernel, cut in several ways
-    group-norm        as it runs now; all of a group in the registers of one program, read once; where groups are split,
-                      the launch between the other two with all that it reads at once
+    group-norm        as it runs now; with more or fewer threads; cut into tiles of other sizes
     projections       queries, keys and values by three products, by one
     residual          a product, then its addition to the residual and the norm of the sum in one kernel; the addition
                       in the product, then the norm alone (without biases, which would go into the norms)
@@ -31,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from kernels import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,30 +52,6 @@ class Case:
     ways: dict[str, Callable[[], Tensor]]
     wide: Callable[[], Tensor]
     operations: float
-
-
-@triton.jit
-def held_group_norm_kernel(x, output, weight, bias, positions, channels, eps, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """GroupNorm and SiLU of one group of `[B, positions, channels]`, which its program reads once and holds."""
-    groups = channels // GROUP
-    batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    index = tl.arange(0, BLOCK)
-    column = index % GROUP
-    slots = positions * GROUP
-    present = index < slots
-    start = batch.to(tl.int64) * positions * channels + group * GROUP
-    offset = index // GROUP * channels + column
-    value = tl.load(x + start + offset, mask=present, other=0).to(tl.float32)
-    centred = tl.where(present, value - tl.sum(value, axis=0) / slots, 0.0)
-    # the first mean rounds as large numbers do; what it missed is small
-    missed = tl.sum(centred, axis=0) / slots
-    variance = tl.sum(centred * centred, axis=0) / slots - missed * missed
-    # last, for they take a register an element as well
-    gain = tl.load(weight + group * GROUP + column).to(tl.float32)
-    shift = tl.load(bias + group * GROUP + column).to(tl.float32)
-    result = (centred - missed) * (gain / tl.sqrt_rn(variance + eps)) + shift
-    result = result / (1.0 + tl.exp(-result))
-    tl.store(output + start + offset, result.to(output.dtype.element_ty), mask=present)
 
 
 LAUNCHES = [SINGLE, replace(SINGLE, warps=4), replace(SINGLE, columns=128, stages=4)]
@@ -155,32 +128,19 @@ def geglu(shape: tuple[int, ...], draw: Any) -> Any:
     return ways, wide, 4 * rows * depth * width
 
 
-def held_group_norm(x: Tensor, weight: Tensor, bias: Tensor, each: int) -> Tensor:
-    """Normalise `[B, C, H, W]` in 32 groups, `each` elements a thread, and apply SiLU."""
-    (batch, channels), positions = x.shape[:2], x[0, 0].numel()
-    output, groups = torch.empty_like(x), min(32, channels)
-    block = triton.next_power_of_2(positions * channels // groups)
-    warps = min(max(block // (32 * each), 1), 32)
-    held_group_norm_kernel[(batch * groups,)](
-        x, output, weight, bias, positions, channels, 1e-5, channels // groups, block, num_warps=warps
-    )
-    return output
-
-
 def group_norm(shape: tuple[int, ...], draw: Any) -> Any:
     channels = shape[1]
     x, weight, bias = draw(*shape).contiguous(memory_format=torch.channels_last), draw(channels), draw(channels)
     groups = min(32, channels)
     now = group_norm_launch(channels, x[0, 0].numel(), groups)
+    cuts = {"now": now}
+    if not now.split:
+        cuts |= {f"by {warps} warps": replace(now, warps=warps) for warps in (4, 8, 16) if warps != now.warps}
+    cuts["split"] = replace(now, split=True)
+    for change in ({"rows": 16}, {"tile_warps": 4}, {"tile_rows": 128}, {"tile_rows": 256}, {"merged_tiles": 1}):
+        cuts["split, " + " ".join(f"{name} {n}" for name, n in change.items())] = replace(now, split=True, **change)
     run = partial(KERNELS["group_norm"].run, x, groups, weight, bias, silu=True)
-    ways = {"now": run}
-    if x[0].numel() // groups <= 32768:
-        for each in (16, 32, 64):
-            ways[f"held, {each} a thread"] = lambda each=each: held_group_norm(x, weight, bias, each)
-    if now.split:
-        for block, warps in ((4096, 16), (4096, 8), (1024, 4)):
-            launch = replace(now, finish_block=block, finish_warps=warps)
-            ways[f"finished by {block} with {warps} warps"] = lambda launch=launch: run(launch=launch)
+    ways = {name: partial(run, launch=launch) for name, launch in cuts.items() if name == "now" or launch != now}
     plain = KERNELS["group_norm"].plain
     wide = lambda: plain(x.float(), groups, weight.float(), bias.float(), silu=True)  # noqa: E731
     return ways, wide, 0

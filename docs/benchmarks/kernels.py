@@ -92,13 +92,14 @@ def cases(images: list[Any], tokens: list[Any], dtype: torch.dtype, device: str)
     for model, batch, channels, side in images:
         x = randn(batch, channels, side, side).to(memory_format=torch.channels_last)
         rule = group_norm_launch(channels, side * side, GROUPS)
-        launches = {f"single, block {n}": replace(rule, split=False, block=n) for n in (4096, 8192)}
-        launches |= {
+        launches = {
             f"split, tile {rows} x {columns} x {turns}": replace(
                 rule, split=True, rows=rows, columns=columns, tile_rows=rows * turns
             )
             for rows, columns, turns in ((32, 64, 2), (32, 64, 8), (64, 64, 2), (32, 128, 4), (16, 128, 4))
         }
+        if not rule.split:
+            launches |= {f"single, {n} warps": replace(rule, warps=n) for n in (4, 8, 16)}
         arguments = (x, GROUPS, *randn(2, channels))
         yield Case("group_norm", model, list(x.shape), arguments, {"silu": True}, 2 * size(x), launches)
         tile = bias_residual_launch(channels)

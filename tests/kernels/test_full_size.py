@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -66,8 +64,7 @@ def test_projection_and_geglu(rows, depth, dtype):
     check("linear_geglu", x, weight, randn(8 * depth, dtype=dtype, device="cuda", seed=2))
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_group_norm_past_2_31_elements(split):
+def test_group_norm_past_2_31_elements():
     """4104 x 4096 positions of 128 channels; compared group by group, since the whole in fp64 fits no card."""
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
         pytest.skip("needs 14 GiB of free GPU memory")
@@ -77,7 +74,7 @@ def test_group_norm_past_2_31_elements(split):
     bias = randn(128, dtype=torch.float16, device="cuda")
     rule = group_norm_launch(128, 4104 * 4096, 32)
     assert rule.split
-    output = group_norm(x, 32, None, bias, launch=replace(rule, split=split))
+    output = group_norm(x, 32, None, bias)
     assert output.stride() == x.stride()
     for group in (0, 15, 31):
         channels = slice(4 * group, 4 * group + 4)
@@ -85,7 +82,6 @@ def test_group_norm_past_2_31_elements(split):
         centred = part - part.mean(dtype=torch.float64).float()
         truth = centred / centred.square().mean(dtype=torch.float64).add(1e-5).sqrt().float()
         truth += bias[channels].float()[:, None, None]
-        # One program a group adds up 2^26 values in 8192 slots; each sums 8192 of them one by one.
         assert largest_error(output[:, channels, -64:], truth[:, :, -64:].double()) < 6e-4
         assert largest_error(output[:, channels, :64], truth[:, :, :64].double()) < 6e-4
 

@@ -1,4 +1,4 @@
-"""GroupNorm against plain PyTorch: both ways, every number of channels a group, and inputs that break weaker ways."""
+"""GroupNorm against plain PyTorch: every way, every number of channels a group, and inputs that break weaker ways."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from tests.kernels.checking import DTYPES, check, image, largest_error, randn
 # SD1.5 and SDXL UNets: 10 to 80; VAEs: 4, 8, 16; and odd ones.
 GROUP_WIDTHS = (1, 3, 4, 7, 8, 10, 16, 20, 30, 40, 60, 80)
 
+SINGLE = GroupNormLaunch(split=False, block=64, warps=4)
 # So small that a little image takes several turns of every loop, and ends within one.
-SINGLE = GroupNormLaunch(split=False, block=512, warps=4)
-SPLIT = GroupNormLaunch(split=True, rows=8, columns=128, tile_rows=16, finish_block=128, finish_warps=4)
-both_ways = pytest.mark.parametrize("launch", [SINGLE, SPLIT], ids=["single", "split"])
+SPLIT = GroupNormLaunch(split=True, rows=8, tile_rows=16, merged_tiles=8)
+# With a launch in between, and groups wider than a tile.
+FINISHED = GroupNormLaunch(split=True, rows=4, columns=32, tile_rows=8, merged_tiles=1, finish_block=2, finish_warps=1)
+every_way = pytest.mark.parametrize("launch", [SINGLE, SPLIT, FINISHED], ids=["single", "split", "finished"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("width", GROUP_WIDTHS)
 def test_every_number_of_channels_a_group(width, launch, device):
     """One dtype: each is converted where it is loaded and stored, and the next test has them all."""
@@ -35,7 +37,7 @@ def test_every_number_of_channels_a_group(width, launch, device):
     assert output.stride() == x.stride()
 
 
-@both_ways
+@every_way
 @every_dtype
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("embedded", [False, True])
@@ -46,7 +48,7 @@ def test_with_and_without_silu_and_embedding(silu, embedded, dtype, launch, devi
     check("group_norm", x, 2, weight, bias, 1e-6, silu=silu, add=add, launch=launch)
 
 
-@both_ways
+@every_way
 @every_dtype
 @pytest.mark.parametrize("embedded", [False, True])
 def test_the_bias_of_the_convolution_before(embedded, dtype, launch, device):
@@ -56,7 +58,7 @@ def test_the_bias_of_the_convolution_before(embedded, dtype, launch, device):
     check("group_norm", x, 2, *randn(2, 20, dtype=dtype, device=device), launch=launch, **given)
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", ["stripes", "one for all"])
 def test_an_embeddings_rows_may_lie_anywhere(rows, launch, device):
     x, wide = image(3, 20, 5, 4, device=device), randn(3, 90, device=device, seed=9) * 3
@@ -64,7 +66,7 @@ def test_an_embeddings_rows_may_lie_anywhere(rows, launch, device):
     check("group_norm", x, 2, silu=True, add=add, launch=launch)
 
 
-@both_ways
+@every_way
 @every_dtype
 def test_a_mean_far_larger_than_the_deviation(dtype, launch, device):
     """E[x^2] - E[x]^2 has no correct digit left here: see the test below."""
@@ -81,13 +83,13 @@ def test_a_mean_that_cancels_in_the_sum_of_squares():
     assert largest_error(naive, truth) > 1e-1
 
 
-@both_ways
+@every_way
 def test_an_embedding_far_larger_than_the_deviation(launch, device):
     x, add = image(2, 40, 5, 5, device=device), randn(2, 40, device=device) * 1000
     check("group_norm", x, 4, add=add, launch=launch)
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("shape", [(2, 12), (2, 12, 1, 1), (1, 12, 33), (2, 12, 1, 17), (1, 12, 2, 3, 5)], ids=str)
 def test_every_rank(shape, launch, device):
     x = image(*shape, device=device)
@@ -95,7 +97,7 @@ def test_every_rank(shape, launch, device):
     assert output.stride() == x.stride()
 
 
-@both_ways
+@every_way
 def test_weights_of_another_dtype(launch, device):
     x = image(2, 12, 3, 3, dtype=torch.float16, device=device)
     weight, bias = randn(2, 12, device=device)
@@ -105,7 +107,7 @@ def test_weights_of_another_dtype(launch, device):
     assert torch.equal(group_norm(x, 2, weight, launch=launch), group_norm(x, 2, weight, 0 * bias, launch=launch))
 
 
-@both_ways
+@every_way
 def test_a_constant_image_is_its_bias(launch, device):
     x = torch.full((1, 12, 4, 4), 7.0, device=device).to(memory_format=torch.channels_last)
     bias = randn(12, device=device)
@@ -113,7 +115,7 @@ def test_a_constant_image_is_its_bias(launch, device):
     assert torch.allclose(group_norm(x, 2, None, bias, launch=launch), expected, atol=1e-6)
 
 
-@both_ways
+@every_way
 def test_a_sample_has_the_same_bits_in_any_batch(launch, device):
     x, add = image(3, 24, 5, 5, device=device), randn(3, 24, device=device)
     together = group_norm(x, 2, silu=True, add=add, launch=launch)
@@ -142,11 +144,12 @@ def test_of_nothing(device):
     launch=st.builds(
         GroupNormLaunch,
         split=st.booleans(),
-        block=st.sampled_from([64, 512]),
+        block=st.sampled_from([1, 512]),
         rows=st.sampled_from([1, 4, 16]),
         columns=st.sampled_from([8, 64]),
         tile_rows=st.sampled_from([1, 5, 16, 50]),
-        finish_block=st.sampled_from([16, 256]),
+        merged_tiles=st.sampled_from([1, 2, 64]),
+        finish_block=st.sampled_from([4, 256]),
     ),
 )
 def test_any_shape_and_cut(batch, groups, width, sides, silu, launch, device):
