@@ -106,7 +106,7 @@ def apply(pipe: Any, options: FusedKernels) -> Journal:
                         kinds[type(target).__name__] += 1
                         layers += [forward] if isinstance(forward, FusedForward) else []
         for root in roots.values():
-            for before, after, _ in (pair for module in root.modules() for pair in successors(module)):
+            for before, after in (pair for module in root.modules() for pair in successors(module)):
                 if isinstance(block := stand_in(before), FusedTransformerBlock):
                     block.following = after
         reasons = [f"{count} left to diffusers: {reason}" for reason, count in left.items() if count]
@@ -169,18 +169,15 @@ def _stand_ins(
             forward = FusedLinearGEGLU(module, label, whole, otherwise=forward)
         if forward is not None:
             yield [(module, forward)]
-    if "add_layer_norm" in places:
-        for _, after, name in successors(module):
-            yield [(after.norm1, FusedLayerNorm(after.norm1, f"{label}.{name}.norm1", places["add_layer_norm"]))]
     if kind is BasicTransformerBlock and "add_layer_norm" in places:
         reasons = transformer_reasons(module)
         left.update(reasons[:1])
         if not reasons:
-            norms = {name: getattr(module, name) for name in ("norm2", "norm3")}
-            yield [
-                *((n, FusedLayerNorm(n, f"{label}.{name}", places["add_layer_norm"])) for name, n in norms.items()),
-                (module, FusedTransformerBlock(module, kind)),
-            ]
+            norms = {name: getattr(module, name) for name in ("norm1", "norm2", "norm3")}
+            ours = [(n, FusedLayerNorm(n, f"{label}.{name}", places["add_layer_norm"])) for name, n in norms.items()]
+            if type(module.norm1) is nn.LayerNorm:
+                yield ours[:1]
+            yield [*ours[1:], (module, FusedTransformerBlock(module, kind))]
 
 
 def _refusals(layers: list[FusedForward]) -> Iterator[str]:

@@ -182,14 +182,14 @@ def transformer_reasons(block: Any) -> list[str]:
     return reasons
 
 
-def successors(parent: Any) -> Iterator[tuple[Any, Any, str]]:
-    """Yield blocks of a transformer of which the second is called on what the first returns, and the second's name."""
+def successors(parent: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield blocks of a transformer of which the second is called on what the first returns."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     if type(parent) is not Transformer2DModel:
         return
-    for index, (before, after) in enumerate(pairwise(parent.transformer_blocks), start=1):
+    for before, after in pairwise(parent.transformer_blocks):
         plain = (type(x) is BasicTransformerBlock and not transformer_reasons(x) for x in (before, after))
         if all(plain) and type(after.norm1) is nn.LayerNorm:
-            yield before, after, f"transformer_blocks.{index}"
+            yield before, after

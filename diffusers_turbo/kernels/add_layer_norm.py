@@ -1,6 +1,7 @@
 """A residual add and the LayerNorm of the sum in one pass: the sum is stored, yet never read back.
 
-Between the parts of diffusers' `BasicTransformerBlock` stand `hidden = output + hidden` and then `norm(hidden)`.
+Between the parts of diffusers' `BasicTransformerBlock` stand `hidden = output + hidden` and then `norm(hidden)`. The
+first norm of a transformer has nothing to add.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def add_layer_norm_launch(width: int) -> AddLayerNormLaunch:
 
 def add_layer_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -69,37 +70,44 @@ def add_layer_norm(
     Mean and variance are taken in two passes over registers, in fp32, of the sum before it is rounded to its dtype.
 
     Args:
-        x, residual: `[.., D]` of one shape and dtype.
+        x, residual: `[.., D]` of one shape and dtype; or no residual.
         weight, bias: `[D]`, or None.
         eps: added to the variance.
         launch: another tile than `add_layer_norm_launch` chooses.
 
     Returns:
-        The sum and its norm, each `[.., D]` of the dtype of `x`.
+        The sum (`x` itself without a residual) and its norm, each `[.., D]` of the dtype of `x`.
 
     Raises:
         NotSupportedError: with the reasons `add_layer_norm_reasons` gives.
     """
     refuse(LIMITS, grad_reasons(LIMITS, x, residual, weight, bias))
-    added, normed = _op(x, residual, weight, bias, eps, [] if launch is None else list(astuple(launch)))
+    cut = [] if launch is None else list(astuple(launch))
+    if residual is None:
+        return x, _norm_op(x, weight, bias, eps, cut)
+    added, normed = _op(x, residual, weight, bias, eps, cut)
     return added, normed
 
 
 def add_layer_norm_plain(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in plain PyTorch.
 
     >>> add_layer_norm_plain(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), eps=0.0)
     (tensor([1., 3.]), tensor([-1.,  1.]))
     """
-    added = x + residual
+    added = x if residual is None else x + residual
     return added, F.layer_norm(added, added.shape[-1:], weight, bias, eps)
 
 
 def add_layer_norm_reasons(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -112,7 +120,7 @@ def add_layer_norm_reasons(
 
 def add_layer_norm_misfits(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -122,7 +130,7 @@ def add_layer_norm_misfits(
     """`add_layer_norm_reasons` but for the device."""
     reasons = grad_reasons(LIMITS, x, residual, weight, bias)
     reasons += vector_reasons(LIMITS, x, tuple(x.shape), residual=residual)
-    if residual.dtype != x.dtype:
+    if residual is not None and residual.dtype != x.dtype:
         reasons.append(f"x is {x.dtype} and residual {residual.dtype}")
     if not x.is_contiguous():
         reasons.append("x is not contiguous")
@@ -143,34 +151,23 @@ KERNEL = Kernel(
 )
 
 _SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, int[] launch) -> (Tensor, Tensor)"
+_NORM_SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps, int[] launch) -> Tensor"
 
 
 @torch.library.custom_op("diffusers_turbo::add_layer_norm", mutates_args=(), schema=_SCHEMA)
 def _op(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, launch: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    refuse(LIMITS, add_layer_norm_reasons(x, residual, weight, bias, eps))
     added, normed = torch.empty_like(x), torch.empty_like(x)
-    if x.numel() == 0:
-        return added, normed
-    width = x.shape[-1]
-    rows = x.numel() // width
-    tile = launch_from(AddLayerNormLaunch, launch) if launch else add_layer_norm_launch(width)
-    with on_device_of(x):
-        _add_layer_norm_kernel[(-(-rows // tile.rows),)](
-            x,
-            residual,
-            added,
-            normed,
-            *optional(x, weight, bias),
-            rows,
-            width,
-            eps,
-            ROWS=tile.rows,
-            COLUMNS=_padded(width),
-            num_warps=tile.warps,
-        )
+    _run(x, residual, added, normed, weight, bias, eps, launch)
     return added, normed
+
+
+@torch.library.custom_op("diffusers_turbo::layer_norm", mutates_args=(), schema=_NORM_SCHEMA)
+def _norm_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, launch: Sequence[int]) -> Tensor:
+    normed = torch.empty_like(x)
+    _run(x, None, x, normed, weight, bias, eps, launch)
+    return normed
 
 
 @_op.register_fake
@@ -180,14 +177,51 @@ def _(
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@jit("has_weight", "has_bias", "rows")
+@_norm_op.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, launch: Sequence[int]) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    added: Tensor,
+    normed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    launch: Sequence[int],
+) -> None:
+    refuse(LIMITS, add_layer_norm_reasons(x, residual, weight, bias, eps))
+    if x.numel() == 0:
+        return
+    width = x.shape[-1]
+    rows = x.numel() // width
+    tile = launch_from(AddLayerNormLaunch, launch) if launch else add_layer_norm_launch(width)
+    with on_device_of(x):
+        _add_layer_norm_kernel[(-(-rows // tile.rows),)](
+            x,
+            added,
+            normed,
+            *optional(x, residual, weight, bias),
+            rows,
+            width,
+            eps,
+            ROWS=tile.rows,
+            COLUMNS=_padded(width),
+            num_warps=tile.warps,
+        )
+
+
+@jit("has_residual", "has_weight", "has_bias", "rows")
 def _add_layer_norm_kernel(
     x: tl.tensor,
-    residual: tl.tensor,
     added: tl.tensor,
     normed: tl.tensor,
+    residual: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
+    has_residual: tl.tensor,
     has_weight: tl.tensor,
     has_bias: tl.tensor,
     rows: tl.tensor,
@@ -205,8 +239,9 @@ def _add_layer_norm_kernel(
     present = (first + row < rows) & (column < width)
 
     total = tl.load(x + start + offset, mask=present, other=0).to(tl.float32)
-    total += tl.load(residual + start + offset, mask=present, other=0).to(tl.float32)
-    tl.store(added + start + offset, total.to(added.dtype.element_ty), mask=present)
+    summed = present & (has_residual != 0)
+    total += tl.load(residual + start + offset, mask=summed, other=0).to(tl.float32)
+    tl.store(added + start + offset, total.to(added.dtype.element_ty), mask=summed)
 
     mean = tl.sum(total, axis=1)[:, None] / width
     centred = tl.where(column < width, total - mean, 0.0)

@@ -55,6 +55,7 @@ def test_channels_last_every_layer_runs_a_kernel(make, kernel_calls):
         pairs = [pair for module in pipe.unet.modules() for pair in successors(module)]
         calls = (kernel_calls["geglu"] + kernel_calls["linear_geglu"]) // len(blocks)
         assert kernel_calls["add_layer_norm"] == calls * (2 * len(blocks) + len(pairs))
+        assert kernel_calls["layer_norm"] == calls * (len(blocks) - len(pairs))
         assert bool(pairs) == (make is tiny.sdxl)
     else:
         assert "2 left to diffusers: a transformer block with norms of kind ada_norm_single" in told(pipe)
@@ -81,7 +82,7 @@ def test_each_kernel_alone(pipe, kernel, kernel_calls):
     pipe.enable_channels_last()
     pipe.enable_fused_kernels(**{name: name == kernel for name in KERNELS})
     assert distance(tiny.picture(pipe), stock).psnr_db >= 90
-    assert [name for name, calls in kernel_calls.items() if calls] == [kernel]
+    assert [name for name in KERNELS if kernel_calls[name]] == [kernel]
     with pytest.raises(TurboError, match="group_norm = False; needed: at least one of the kernels"):
         pipe.enable_fused_kernels(**dict.fromkeys(KERNELS, False))
 

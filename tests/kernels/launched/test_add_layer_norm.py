@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from diffusers_turbo.kernels import KERNELS
 from diffusers_turbo.kernels.add_layer_norm import AddLayerNormLaunch, add_layer_norm
-from tests.kernels.checking import DTYPES, check, cuts_off, randn
+from tests.kernels.checking import DTYPES, check, cuts_off, largest_error, randn
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -29,6 +31,20 @@ def test_without_weights_and_with_one(dtype, device):
     check("add_layer_norm", x, residual, eps=1e-6)
     check("add_layer_norm", x, residual, randn(40, dtype=dtype, device=device))
     check("add_layer_norm", x, residual, None, randn(40, dtype=dtype, device=device))
+
+
+@every_dtype
+@pytest.mark.parametrize("width", [33, 320])
+def test_nothing_to_add(width, dtype, device):
+    x, weight, bias = randn(3, 9, width, dtype=dtype, device=device)
+    before = x.clone()
+    added, normed = add_layer_norm(x, None, weight[0], bias[0])
+    assert added is x
+    assert torch.equal(x, before)
+    truth = F.layer_norm(x.double(), (width,), weight[0].double(), bias[0].double())
+    assert largest_error(normed, truth) < KERNELS["add_layer_norm"].tolerance[dtype] * (2 if cuts_off(dtype) else 1)
+    promised = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.diffusers_turbo.layer_norm.default, (x, None, None, 1e-5, []), test_utils=promised)
 
 
 @every_dtype
