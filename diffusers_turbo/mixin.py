@@ -154,6 +154,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         linear_geglu: bool = True,
         add_layer_norm: bool = True,
         bias_residual: bool = True,
+        upsample_conv: bool = True,
     ) -> None:
         """Exact: what eager PyTorch does in several passes over memory, in one Triton kernel each, without a compiler.
 
@@ -166,6 +167,8 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
             linear_geglu: the same with the projection before it, on Hopper (SM 9.0) in half precision.
             add_layer_norm: a transformer block's residual and the norm of the sum.
             bias_residual: a resnet's last bias and its residual; needs `enable_channels_last()`.
+            upsample_conv: upsampling with the convolution after it, computed from the small picture with its weights
+                summed (in half precision a rounding more); needs `enable_channels_last()`.
 
         Raises:
             NotSupportedError: no kernel runs in this process (no CUDA, no Triton), or no layer is of a kind they fit.
@@ -176,6 +179,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
             linear_geglu=linear_geglu,
             add_layer_norm=add_layer_norm,
             bias_residual=bias_residual,
+            upsample_conv=upsample_conv,
         )
         self._enable(wanted)
 

@@ -31,6 +31,7 @@ from ..fused.layers import (
     stand_in,
 )
 from ..fused.rehearsal import rehearse
+from ..fused.upsampling import FusedUpsample, upsample_reasons
 from ..kernels.base import Place, interpreting, unavailable
 from ..kernels.registry import KERNELS
 from ..planning.options import FusedKernels
@@ -77,7 +78,7 @@ class FusedLayers:
 def apply(pipe: Any, options: FusedKernels) -> Journal:
     """Exact: GroupNorm with SiLU, GEGLU (with its projection), residual add with LayerNorm, bias with residual.
 
-    One kernel each.
+    One kernel each; and upsampling with the convolution after it, of the small picture.
 
     Raises:
         NotSupportedError: no kernel runs in this process, or no layer of the pipeline is of a kind they fit.
@@ -145,6 +146,7 @@ def _stand_ins(
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.autoencoders.vae import Decoder, Encoder
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
 
     kind = type(module)
     if "group_norm" in places:
@@ -169,6 +171,11 @@ def _stand_ins(
             forward = FusedLinearGEGLU(module, label, whole, otherwise=forward)
         if forward is not None:
             yield [(module, forward)]
+    if kind is Upsample2D and "upsample_conv" in places:
+        reasons = upsample_reasons(module)
+        left.update(reasons[:1])
+        if not reasons:
+            yield [(module, FusedUpsample(module, label, places["upsample_conv"], kind=kind))]
     if kind is BasicTransformerBlock and "add_layer_norm" in places:
         reasons = transformer_reasons(module)
         left.update(reasons[:1])

@@ -2,6 +2,8 @@
 
 python docs/benchmarks/candidates.py docs/benchmarks/candidates-h100.json [--only geglu ...] [--arch sd15 sdxl]
 
+    upsample          upsampling, then the convolution with its bias; the convolution of the small picture with folded
+                      weights, and each of its three parts; upsampling alone. Of a step, and (batch 1) of a decode
     convolution       cuDNN's first choice; the best of all it offers (`cudnn.benchmark`); patches times weights
     geglu             projection, then the kernel that halves it; on Hopper both in one kernel, cut in several ways
     group-norm        as it runs now; with more or fewer threads; cut into tiles of other sizes
@@ -68,6 +70,8 @@ def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
         x = inputs[0] if inputs else None
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             found["convolution"][(*x.shape, module.out_channels, module.stride[0])] += 1
+        elif type(module).__name__ == "Upsample2D":
+            found["upsample"][(*x.shape, module.out_channels)] += 1
         elif isinstance(module, nn.GroupNorm):
             found["group-norm"][tuple(x.shape)] += 1
         elif type(module).__name__ == "GEGLU":
@@ -79,7 +83,8 @@ def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
         elif type(module).__name__ == "FeedForward":
             found["residual"][(x.numel() // x.shape[-1], 4 * x.shape[-1], x.shape[-1])] += 1
 
-    for module in unet.modules():
+    upsamplers = [module for module in pipe.vae.decoder.modules() if type(module).__name__ == "Upsample2D"]
+    for module in (*unet.modules(), *upsamplers):
         module.register_forward_hook(note)
     side, more = unet.config.sample_size, {}
     with torch.device("meta"):
@@ -87,7 +92,27 @@ def work_of(arch: str) -> dict[str, Counter[tuple[int, ...]]]:
             more = {"text_embeds": torch.empty(2, 1280).half(), "time_ids": torch.empty(2, 6).half()}
         latents, prompt = torch.empty(2, 4, side, side), torch.empty(2, PROMPT, unet.config.cross_attention_dim)
         unet(latents.half(), torch.tensor(1), encoder_hidden_states=prompt.half(), added_cond_kwargs=more)
+        pipe.vae.decode(torch.empty(1, 4, side, side, dtype=pipe.vae.dtype))
     return found
+
+
+def upsample(shape: tuple[int, ...], draw: Any) -> Any:
+    batch, channels, height, width, out = shape
+    x, bias = draw(batch, channels, height, width).contiguous(memory_format=torch.channels_last), draw(out)
+    weight = draw(out, channels, 3, 3, scale=1 / math.sqrt(9 * channels)).contiguous(memory_format=torch.channels_last)
+    kernel, parts = KERNELS["upsample_conv"], torch.ops.diffusers_turbo
+    folded = parts.upsample_conv_weight(weight, [])
+    y = F.conv2d(x, folded, padding=1)
+    ways = {
+        "now": lambda: kernel.plain(x, weight, bias),
+        "folded": lambda: kernel.run(x, weight, bias),
+        "folding alone": lambda: parts.upsample_conv_weight(weight, []),
+        "small convolution alone": lambda: F.conv2d(x, folded, padding=1),
+        "interleaving alone": lambda: parts.upsample_conv_interleave(y, bias, []),
+        "upsampling alone": lambda: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+    }
+    wide = lambda: kernel.plain(x.float(), weight.float(), bias.float())  # noqa: E731
+    return ways, wide, 2 * batch * 4 * height * width * out * channels * 9
 
 
 def convolution(shape: tuple[int, ...], draw: Any) -> Any:
@@ -213,6 +238,7 @@ def cross_attention(shape: tuple[int, ...], draw: Any) -> Any:
 
 
 KINDS = {
+    "upsample": upsample,
     "convolution": convolution,
     "geglu": geglu,
     "group-norm": group_norm,
@@ -221,6 +247,7 @@ KINDS = {
     "cross-attention": cross_attention,
 }
 TINY = {
+    "upsample": {(1, 8, 4, 3, 16): 1, (2, 8, 5, 4, 8): 1},
     "convolution": {(1, 8, 4, 4, 8, 1): 1, (1, 8, 5, 4, 8, 2): 1},
     "geglu": {(24, 32, 48): 1},
     "group-norm": {(2, 8, 5, 3): 1},
@@ -249,7 +276,7 @@ def errors(case: Case) -> dict[str, float]:
     exact, found = case.wide(), {}
     for name, way in case.ways.items():
         output = way()
-        if output.shape == exact.shape and "product" not in name:
+        if output.shape == exact.shape and not any(word in name for word in ("product", "alone")):
             found[name] = ((output.float() - exact).norm() / exact.norm()).item()
     return found
 

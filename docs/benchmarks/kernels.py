@@ -5,8 +5,9 @@ python docs/benchmarks/kernels.py docs/benchmarks/kernels-h100.json [--quick] [-
 Every way is recorded in a CUDA graph of many calls, so that what is measured is the GPU and not Python; the ways take
 turns, and the median of the rounds counts. A small tensor stays in the cache between calls, as it does between two
 layers of a model. GB/s counts what must be read and written at least; the share is that of a large copy's rate on the
-same device. Plain GroupNorm includes the copy back to channels-last that the next convolution would ask for. Without a
-GPU, and with TRITON_INTERPRET=1, tiny shapes show that the script works; its times then mean nothing.
+same device, and says little of what multiplies (linear_geglu, upsample_conv). Plain GroupNorm includes the copy back to
+channels-last that the next convolution would ask for. Without a GPU, and with TRITON_INTERPRET=1, tiny shapes show that
+the script works; its times then mean nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from diffusers_turbo.kernels.bias_residual import bias_residual_launch
 from diffusers_turbo.kernels.geglu import geglu_launch
 from diffusers_turbo.kernels.group_norm import group_norm_launch
 from diffusers_turbo.kernels.linear_geglu import PERSISTENT, SINGLE
+from diffusers_turbo.kernels.upsample_conv import upsample_conv_launch
 
 Job = Callable[[], Any]
 
@@ -60,8 +62,18 @@ TOKENS = [
     ("SDXL 1024", 2, 4096, 640),
     ("SDXL 1024", 2, 1024, 1280),
 ]
-QUICK_IMAGES, QUICK_TOKENS = [IMAGES[0], IMAGES[4], IMAGES[14]], TOKENS[:1]
-TINY_IMAGES, TINY_TOKENS = [("tiny", 1, 32, 4)], [("tiny", 1, 4, 64)]
+# model, batch, channels, side: of what is upsampled and convolved
+UPSAMPLED = [
+    ("SD1.5 512", 2, 1280, 16),
+    ("SD1.5 512", 2, 640, 32),
+    ("SDXL 1024", 2, 1280, 32),
+    ("SDXL 1024", 2, 640, 64),
+    ("VAE 512", 1, 512, 64),
+    ("VAE 512", 1, 512, 128),
+    ("VAE 512", 1, 256, 256),
+]
+QUICK_IMAGES, QUICK_TOKENS, QUICK_UPSAMPLED = [IMAGES[0], IMAGES[4], IMAGES[14]], TOKENS[:1], UPSAMPLED[2:3]
+TINY_IMAGES, TINY_TOKENS, TINY_UPSAMPLED = [("tiny", 1, 32, 4)], [("tiny", 1, 4, 64)], [("tiny", 1, 16, 4)]
 GROUPS = 32
 
 
@@ -83,7 +95,9 @@ class Case:
     launches: dict[str, Any]
 
 
-def cases(images: list[Any], tokens: list[Any], dtype: torch.dtype, device: str) -> Iterator[Case]:
+def cases(
+    images: list[Any], tokens: list[Any], upsampled: list[Any], dtype: torch.dtype, device: str
+) -> Iterator[Case]:
     """Every kernel on the shapes it has in these models; tensors are made one case at a time."""
 
     def randn(*shape: int) -> Tensor:
@@ -122,6 +136,13 @@ def cases(images: list[Any], tokens: list[Any], dtype: torch.dtype, device: str)
         launches = {f"{n} rows, {w} warps": replace(row, rows=n, warps=w) for n, w in ((1, 4), (2, 4), (4, 4), (4, 8))}
         arguments = (x, residual, *randn(2, width))
         yield Case("add_layer_norm", model, list(x.shape), arguments, {}, 4 * size(x), launches)
+    for model, batch, channels, side in upsampled:
+        x, weight = randn(batch, channels, side, side), randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
+        x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
+        tile = upsample_conv_launch(channels)
+        launches = {f"{n} rows, {w} warps": replace(tile, rows=n, warps=w) for n, w in ((8, 2), (16, 2), (32, 8))}
+        arguments = (x, weight, randn(channels))
+        yield Case("upsample_conv", model, list(x.shape), arguments, {}, 5 * size(x) + size(weight), launches)
 
 
 def size(x: Tensor) -> int:
@@ -204,15 +225,15 @@ def main(argv: list[str] | None = None) -> None:
     if reasons := unavailable():
         parser.error("; ".join(reasons))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images, tokens = (QUICK_IMAGES, QUICK_TOKENS) if options.quick else (IMAGES, TOKENS)
+    shapes = (QUICK_IMAGES, QUICK_TOKENS, QUICK_UPSAMPLED) if options.quick else (IMAGES, TOKENS, UPSAMPLED)
     rounds, calls = (3, 5) if options.quick else (11, 20)
     if device == "cpu":
-        images, tokens, rounds = TINY_IMAGES, TINY_TOKENS, 1
+        shapes, rounds = (TINY_IMAGES, TINY_TOKENS, TINY_UPSAMPLED), 1
 
     rows = []
     with torch.no_grad():
         rate = copy_rate(rounds, device)
-        for case in cases(images, tokens, getattr(torch, options.dtype), device):
+        for case in cases(*shapes, getattr(torch, options.dtype), device):
             jobs = ways(case, device == "cuda" and not options.quick, options.sweep)
             for way, micros in interleaved(jobs, rounds, calls, device).items():
                 gigabytes = case.least_bytes / micros / 1e3

@@ -61,7 +61,8 @@ def test_a_full_size_pipeline_has_two_dozen_variants(name, widths):
     assert [sum(key[1] == way for key in keys) for way in ("single", "split", "finished")] == [12, 2, 2]
     # both ways to cut a projection, whose depth is the transformer's width
     assert {key[1] for key in keys if key[0] == "linear_geglu"} == widths
-    assert len(keys) == 18 + 3 * len(widths)
+    assert sum(key[0] == "upsample_conv" for key in keys) == 1
+    assert len(keys) == 19 + 3 * len(widths)
 
 
 def test_every_rehearsal_is_a_launch_that_the_kernel_takes(kernel_calls, monkeypatch):

@@ -137,10 +137,10 @@ def test_moved_to_the_cpu_it_runs_plainly_and_says_so():
 
 def variants() -> int:
     """How many variants of our kernels Triton holds in this process."""
-    from diffusers_turbo.kernels import add_layer_norm, bias_residual, geglu, group_norm_device
+    from diffusers_turbo.kernels import add_layer_norm, bias_residual, geglu, group_norm_device, upsample_conv
 
     held = 0
-    for module in (add_layer_norm, bias_residual, geglu, group_norm_device):
+    for module in (add_layer_norm, bias_residual, geglu, group_norm_device, upsample_conv):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 held += sum(len(caches[0]) for caches in kernel.device_caches.values())

@@ -26,6 +26,7 @@ from diffusers_turbo.kernels import (
     group_norm,
     group_norm_device,
     linear_geglu,
+    upsample_conv,
 )
 from diffusers_turbo.kernels.lazy import LazyKernel
 
@@ -94,16 +95,17 @@ def width(instruction: str) -> int:
 def main(dtype: torch.dtype) -> None:
     """The launches of SD1.5 at 512 with guidance and of its VAE, and of SDXL's widths."""
     base.device_reasons = lambda *_: []
-    modules = (group_norm, geglu, add_layer_norm, bias_residual, linear_geglu)
+    modules = (group_norm, geglu, add_layer_norm, bias_residual, linear_geglu, upsample_conv)
     for module in modules:
         module.device_reasons = base.device_reasons
     group_norm_device.single_kernel.load(), geglu._geglu_kernel.load(), add_layer_norm._add_layer_norm_kernel.load()
     bias_residual._bias_residual_kernel.load(), linear_geglu._linear_geglu_kernel.load()
+    upsample_conv._upsample_conv_weight_kernel.load()
     linear_geglu._multiprocessors = lambda device: 132
     found: dict[str, Any] = {}
     for module in modules:
         for name, item in list(vars(module).items()):
-            if name in ("_gelu", "_tile"):  # parts of a kernel
+            if name in ("_gelu", "_tile", "_taps", "_store_taps"):  # parts of a kernel
                 continue
             if isinstance(item, LazyKernel) or type(item).__name__ == "JITFunction":
                 kernel = item.load() if isinstance(item, LazyKernel) else item
@@ -120,6 +122,11 @@ def main(dtype: torch.dtype) -> None:
     for wide in (320, 640, 1280):
         geglu.geglu(empty(2, 64, 8 * wide))
         add_layer_norm.add_layer_norm(*empty(2, 2, 64, wide), *empty(2, wide))
+    for channels in (1280, 640, 256):
+        # without the convolution in between, which the CPU would really compute
+        upsample_conv._weight_op(empty(channels, 3, 3, channels).movedim(-1, 1), [])
+        for bias in (empty(channels), None):
+            upsample_conv._interleave_op(empty(1, 17, 17, 4 * channels).movedim(-1, 1), bias, [])
     if dtype != torch.float32:
         for rows, wide in ((2048, 1280), (128, 1280)):
             linear_geglu.linear_geglu(empty(rows, wide), empty(8 * wide, wide), empty(8 * wide))

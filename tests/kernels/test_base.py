@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from dataclasses import astuple
@@ -24,6 +25,7 @@ from diffusers_turbo.kernels.group_norm import (
     group_norm_reasons,
 )
 from diffusers_turbo.kernels.linear_geglu import PERSISTENT, SINGLE, linear_geglu_launch, linear_geglu_reasons
+from diffusers_turbo.kernels.upsample_conv import upsample_conv, upsample_conv_launch, upsample_conv_reasons
 from tests.kernels.checking import image
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -44,7 +46,10 @@ def run(code: str) -> str:
 
 
 def test_triton_is_first_imported_by_a_kernel_and_missed_by_name():
-    files = "add_layer_norm, base, bias_residual, geglu, group_norm, group_norm_device, lazy, linear_geglu, registry"
+    files = (
+        "add_layer_norm, base, bias_residual, geglu, group_norm, group_norm_device, lazy, linear_geglu, registry, "
+        "upsample_conv"
+    )
     code = f"""
 import sys
 from diffusers_turbo.kernels import {files}, is_available, unavailable
@@ -184,6 +189,29 @@ def test_large_tiles_are_for_much_work(rows, width, expected):
     assert linear_geglu_launch(rows, width, 132) == expected
 
 
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda x, w, b: (x[0], w, b), "takes [B, I, H, W] and [O, I, 3, 3], not [4, 5, 6], [8, 4, 3, 3]"),
+        (lambda x, w, b: (x[:, :3], w, b), "takes [B, I, H, W] and [O, I, 3, 3], not [2, 3, 5, 6], [8, 4, 3, 3]"),
+        (lambda x, w, b: (x, w[..., :2], b), "takes [B, I, H, W] and [O, I, 3, 3], not [2, 4, 5, 6], [8, 4, 3, 2]"),
+        (lambda x, w, b: (x.contiguous(), w, b), "the channels of x are not innermost in memory"),
+        (lambda x, w, b: (x, w.contiguous(), b), "the channels of weight are not innermost in memory"),
+        (lambda x, w, b: (x, w.half(), b), "x is torch.float32 on cpu, weight torch.float16 on cpu"),
+        (lambda x, w, b: (x, w, b[:4]), "bias must be [8], it is [4]"),
+        (lambda x, w, b: (x.double(), w.double(), b), "takes float32 or float16 or bfloat16, the tensor is float64"),
+        (lambda x, w, b: (x, w.requires_grad_(), b), "upsample_conv has no gradient, and autograd is recording one"),
+    ],
+)
+def test_upsample_conv_refuses(make, text, runs_here):
+    x, weight, bias = image(2, 4, 5, 6), image(8, 4, 3, 3), torch.ones(8)
+    assert upsample_conv_reasons(x, weight, bias) == []
+    arguments = make(x, weight, bias)
+    assert text in "; ".join(upsample_conv_reasons(*arguments))
+    with pytest.raises(NotSupportedError, match=f"upsample_conv: found .*{re.escape(text)}.*upsample_conv_plain"):
+        upsample_conv(*arguments)
+
+
 def test_bfloat16_needs_ampere():
     limits = KERNELS["geglu"].limits
     assert base.dtype_reasons(limits, torch.bfloat16, (8, 0)) == []
@@ -204,7 +232,8 @@ def test_the_rule_of_group_norm(channels, side):
 
 @pytest.mark.parametrize("width", [1, 2, 320, 640, 1280, 3000, 8192])
 def test_the_rules_of_rows(width):
-    numbers = (*astuple(geglu_launch(width)), *astuple(add_layer_norm_launch(width)))
+    rules = (geglu_launch, add_layer_norm_launch, upsample_conv_launch)
+    numbers = [number for rule in rules for number in astuple(rule(width))]
     assert all(is_power_of_two(n) for n in numbers)
 
 

@@ -13,9 +13,9 @@ def test_compiles_for_ampere_and_hopper(tmp_path):
     child = run_child("tests.kernels.compiling", "float16", TRITON_CACHE_DIR=str(tmp_path))
     assert child.returncode == 0, child.stderr[-4000:]
     variants = json.loads(child.stdout)
-    assert len({variant["kernel"] for variant in variants}) == 8
+    assert len({variant["kernel"] for variant in variants}) == 10
     # Each costs about half a second before the first image, once a machine: group_norm by channels a group.
-    assert len(variants) <= 17
+    assert len(variants) <= 19
     for variant in variants:
         assert (variant["stack"], variant["local"]) == (0, 0), variant
         if variant["kernel"] == "_linear_geglu_kernel":
@@ -24,5 +24,5 @@ def test_compiles_for_ampere_and_hopper(tmp_path):
             assert variant["shared"] <= 227 * 1024, variant
         elif variant["kernel"] not in ("single_kernel", "finish_kernel"):
             assert variant["ld"] == 16, variant
-        if variant["kernel"] in ("apply_kernel", "_geglu_kernel", "_add_layer_norm_kernel", "_bias_residual_kernel"):
+        if variant["kernel"] not in ("single_kernel", "partial_kernel", "finish_kernel", "_linear_geglu_kernel"):
             assert variant["st"] == 16, variant

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_turbo.actions.tf32 import fp32_precision
 from diffusers_turbo.kernels import KERNELS
 from diffusers_turbo.kernels.group_norm import group_norm, group_norm_launch, group_norm_plain
 from tests.kernels.checking import DTYPES, check, image, largest_error, randn
@@ -17,6 +18,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 UNET = [(320, 64), (640, 64), (960, 64), (320, 32), (640, 32), (960, 32), (1920, 32), (640, 16), (1280, 16), (1920, 16)]
 UNET += [(2560, 16), (1280, 8), (2560, 8), (320, 128), (640, 128), (960, 128), (1280, 64), (1920, 64), (2560, 32)]
 VAE = [(512, 64), (512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (128, 1024)]
+
+
+# batch, channels, side before: SD1.5 at 512 and SDXL at 1024 with guidance, and the VAE's decoder
+UPSAMPLED = [(2, 1280, 16), (2, 640, 32), (2, 1280, 32), (2, 640, 64), (1, 512, 64), (1, 512, 128), (1, 256, 256)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +69,16 @@ def test_projection_and_geglu(rows, depth, dtype):
     check("linear_geglu", x, weight, randn(8 * depth, dtype=dtype, device="cuda", seed=2))
 
 
+@every_dtype
+@pytest.mark.parametrize(("batch", "channels", "side"), UPSAMPLED, ids=str)
+def test_upsampling_and_convolution(batch, channels, side, dtype):
+    like = {"dtype": dtype, "device": "cuda"}
+    x, bias = image(batch, channels, side, side, **like), randn(channels, **like)
+    weight = (randn(channels, 3, 3, channels, seed=7) * (9 * channels) ** -0.5).to(**like).movedim(-1, 1)
+    with fp32_precision("ieee"):  # cuDNN convolves in TF32 otherwise
+        check("upsample_conv", x, weight, bias, compare=dtype == torch.float32)
+
+
 def test_group_norm_past_2_31_elements():
     """4104 x 4096 positions of 128 channels; compared group by group, since the whole in fp64 fits no card."""
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
@@ -95,6 +110,24 @@ def test_geglu_past_2_31_elements():
     assert largest_error(output[-8:], KERNELS["geglu"].plain(x[-8:].double())) < 6e-4
 
 
+def test_interleaving_past_2_31_elements():
+    """4112 x 4096 positions of 128 channels, whole numbers: the first and the last are where they belong."""
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GiB of free GPU memory")
+    height, width, channels = 2056, 2048, 128
+    y = torch.empty(1, height + 1, width + 1, 4 * channels, dtype=torch.float16, device="cuda").random_(-99, 99)
+    bias = torch.arange(channels, device="cuda").half()
+    output = torch.ops.diffusers_turbo.upsample_conv_interleave(y.movedim(-1, 1), bias, [])
+    assert output.numel() > 2**31
+    for first in (0, height - 4):
+        lines = output.movedim(1, -1)[0, 2 * first : 2 * first + 8]
+        for down in (0, 1):
+            for across in (0, 1):
+                start = (2 * down + across) * channels
+                part = y[0, first + down : first + down + 4, across : across + width, start : start + channels]
+                assert torch.equal(lines[down::2, across::2], part + bias)
+
+
 def arguments_of(name: str) -> tuple:
     like = {"dtype": torch.float16, "device": "cuda"}
     if name == "group_norm":
@@ -107,6 +140,8 @@ def arguments_of(name: str) -> tuple:
         return randn(2, 64, 320, **like), randn(2560, 320, **like), randn(2560, **like)
     if name == "bias_residual":
         return *(image(2, 320, 64, 64, **like) for _ in range(2)), randn(320, **like)
+    if name == "upsample_conv":
+        return image(2, 320, 32, 32, **like), image(320, 320, 3, 3, **like) * 0.01, randn(320, **like)
     return *randn(2, 2, 64, 320, **like), *randn(2, 320, **like)
 
 

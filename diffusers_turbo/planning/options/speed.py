@@ -16,7 +16,10 @@ SYNC_FREE_SCHEDULERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class FusedKernels(Options):
-    """Run GroupNorm with SiLU, GEGLU with its projection, add with LayerNorm, bias with residual as a kernel each."""
+    """Run GroupNorm with SiLU, GEGLU with its projection, add with LayerNorm, bias with residual as a kernel each.
+
+    And upsampling with the convolution after it as one of the small picture.
+    """
 
     action = "enable_fused_kernels"
     slot = "kernels"
@@ -26,6 +29,7 @@ class FusedKernels(Options):
     linear_geglu: bool = True
     add_layer_norm: bool = True
     bias_residual: bool = True
+    upsample_conv: bool = True
 
     def __post_init__(self) -> None:
         self._check_flags(*self.as_dict())

@@ -18,6 +18,10 @@ ARGUMENTS = {
     ),
     "add_layer_norm": lambda device: (*randn(2, 2, 3, 16, device=device), *randn(2, 16, device=device)),
     "bias_residual": lambda device: (*(image(2, 12, 3, 5, device=device) for _ in range(2)), randn(12, device=device)),
+    "upsample_conv": lambda device: (
+        *(image(*shape, device=device) for shape in ((2, 12, 3, 5), (8, 12, 3, 3))),
+        randn(8, device=device),
+    ),
 }
 FILLED = {
     "group_norm": (1e-5, True, None, None, []),
@@ -26,20 +30,25 @@ FILLED = {
     "add_layer_norm": (1e-5, []),
     "bias_residual": ([],),
 }
-"""What follows them in the operator's schema."""
+"""What follows them in the schema of an operator that has the kernel's name and arguments."""
+
+OPERATORS = {name: lambda device, name=name: (*ARGUMENTS[name](device), *FILLED[name]) for name in FILLED} | {
+    "upsample_conv_weight": lambda device: (image(8, 12, 3, 3, device=device), []),
+    "upsample_conv_interleave": lambda device: (image(2, 32, 4, 6, device=device), randn(8, device=device), []),
+}
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
 def test_every_kernel_is_tried():
-    assert ARGUMENTS.keys() == FILLED.keys() == KERNELS.keys()
+    assert ARGUMENTS.keys() == KERNELS.keys()
+    assert {*FILLED, "upsample_conv"} == KERNELS.keys()
 
 
-@every_kernel
+@pytest.mark.parametrize("name", OPERATORS)
 def test_the_operator_keeps_its_promises_to_the_compiler(name, device):
     operator = getattr(torch.ops.diffusers_turbo, name).default
-    filled = FILLED[name]
-    torch.library.opcheck(operator, (*ARGUMENTS[name](device), *filled), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, OPERATORS[name](device), test_utils=("test_schema", "test_faketensor"))
 
 
 @every_kernel
@@ -53,10 +62,15 @@ def test_goes_through_torch_compile_in_one_graph(name, device):
 @every_kernel
 def test_the_meta_device_is_told_shapes_and_strides(name):
     arguments = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in ARGUMENTS[name]("cpu")]
-    filled = FILLED[name]
-    result = getattr(torch.ops.diffusers_turbo, name)(*arguments, *filled)
+    if name in FILLED:
+        result = getattr(torch.ops.diffusers_turbo, name)(*arguments, *FILLED[name])
+    else:
+        with torch.no_grad():
+            result = KERNELS[name].run(*arguments)
     plain = KERNELS[name].plain(*arguments)
     for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (result, plain)), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
     if name in ("group_norm", "bias_residual"):
         assert result.stride() == arguments[0].stride()
+    if name == "upsample_conv":
+        assert result.is_contiguous(memory_format=torch.channels_last)

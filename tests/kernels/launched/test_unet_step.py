@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 
 from diffusers_turbo.actions.fused_kernels import apply
 from diffusers_turbo.actions.tf32 import fp32_precision
@@ -63,3 +64,18 @@ def test_in_one_graph_of_a_compiler(device):
     expected = step(stock, torch.float32, device)
     torch.testing.assert_close(step(ours, torch.float32, device), expected, atol=1e-5, rtol=1e-4)
     assert "plain PyTorch" not in " ".join(told())
+
+
+@torch.no_grad()
+def test_an_upsampling_alone_and_in_one_graph_of_a_compiler(device):
+    """The small UNet has none, and one large enough takes the interpreter long."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(Upsample2D(8, use_conv=True, out_channels=12)).to(device)
+    ours, told = fused(stock)
+    x = randn(1, 8, 16, 17, device=device).to(memory_format=torch.channels_last)
+    with fp32_precision("ieee"):
+        expected = stock(x)
+        torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-4)
+        ours.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-4)
+    assert "upsample_conv: 1 of 1 layers ran the kernel at their last call" in told()
