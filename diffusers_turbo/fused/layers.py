@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..kernels.base import Place
 from ..kernels.bias_residual import bias_residual_launch
 from ..kernels.geglu import geglu_launch
-from ..kernels.group_norm import FEW_SLOTS, SINGLE_SLOTS, group_norm_launch, tile_constants
+from ..kernels.group_norm import HELD_SLOTS, SINGLE_SLOTS, group_norm_launch
 from ..kernels.linear_geglu import PERSISTENT, SINGLE, linear_geglu_misfits
 from ..kernels.registry import KERNELS
 from .rehearsal import Rehearsal
@@ -102,15 +102,12 @@ class FusedGroupNorm(FusedForward):
         norm = self.module
         x, width = _few(weight, norm.num_channels), norm.num_channels // norm.num_groups
         arguments = (x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        split = replace(group_norm_launch(norm.num_channels, 1, norm.num_groups), split=True)
-        tile = tuple(tile_constants(norm.num_channels, norm.num_groups, split).values())
-        yield ("split", *tile), arguments, {"launch": split}
-        if self.label.startswith("vae."):  # with many tiles, and groups too large for one program
-            yield ("finished", *tile), arguments, {"launch": replace(split, merged_tiles=0)}
-        else:
-            for positions in (FEW_SLOTS // width, SINGLE_SLOTS // width):
-                launch = group_norm_launch(norm.num_channels, positions, norm.num_groups)
-                yield ("single", width, launch.block), arguments, {"launch": launch}
+        launch = group_norm_launch(norm.num_channels, 1, norm.num_groups)
+        yield ("split", launch.columns), arguments, {"launch": replace(launch, split=True)}
+        if not self.label.startswith("vae."):  # whose groups are too large for one program
+            for slots in (*HELD_SLOTS, SINGLE_SLOTS):
+                launch = group_norm_launch(norm.num_channels, slots // width, norm.num_groups)
+                yield ("single", width, launch.held, launch.block), arguments, {"launch": launch}
 
     def takes_bias_of(self, conv: Any, x: Tensor) -> bool:
         """Whether `conv` may be called on `[B, C, H, W]` without its bias, which then goes into this norm."""

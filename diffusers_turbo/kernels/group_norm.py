@@ -3,19 +3,21 @@
 In memory the input is `[B, S, C]`, S positions of C channels, and a group a narrow stripe of it. Two ways lead to its
 statistics, and `group_norm_launch` says when which:
 
-- single: one program a group reads it once and holds it.
-- split: programs take tiles of positions and of whole groups, and store mean and squared deviations of each group; a
-  second launch merges them and normalises. Where tiles are many, as in a VAE, a launch in between merges them first.
+- single: one program a group takes the statistics and normalises. It holds small groups in registers, and reads larger
+  ones again from cache.
+- split: programs take tiles of whole positions and store mean and squared deviations of each channel; a finishing
+  launch merges them by group; a third normalises. For the few, huge groups of a VAE and the top of a UNet.
 
-Tiles are read once, by Welford's update down their rows, one accumulator a slot, and slots and tiles are merged around
-their common mean (Chan, Golub, LeVeque: https://doi.org/10.1080/00031305.1983.10483115). The sum of squares, which
-cancels when the mean is large beside the deviation, is never formed.
+What is not held is read once for its statistics, by Welford's update down the rows of a tile, one accumulator a slot,
+and slots are merged around their common mean (Chan, Golub, LeVeque: https://doi.org/10.1080/00031305.1983.10483115).
+The sum of squares, which cancels when the mean is large beside the deviation, is never formed; and Welford needs one
+reading of memory where two passes need two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,23 +35,21 @@ from .base import (
     rounded_once,
     vector_reasons,
 )
-from .group_norm_device import apply_kernel, finish_kernel, partial_kernel, single_kernel
+from .group_norm_device import apply_kernel, finish_kernel, held_kernel, partial_kernel, single_kernel
 
 LIMITS = KernelLimits(kernel="group_norm", layout="[B, C, ..] with channels innermost (torch.channels_last)")
 
 TOLERANCE = rounded_once(2e-6)  # for statistics in fp32
 
-SINGLE_SLOTS = 16384
-"""Largest group, in elements, that one program takes alone: 32 to each of 512 threads."""
+HELD_SLOTS = (4096, 8192, 16384)
+"""Elements of a group that one program holds, 32 a thread."""
 
-FEW_SLOTS = 4096
-"""Groups up to here get a program of a quarter of that size."""
-
-MERGED_TILES = 64
-"""Most tiles that the second launch of a split norm merges itself: each of its programs reads what all have found."""
+SINGLE_SLOTS = 32768
+"""Largest group, in elements, that one program takes alone: four turns of `block`."""
 
 MOST_TILES = 1024
-"""Most tiles with a launch in between: enough programs for any GPU, in one turn of `finish_block` for it."""
+"""Most tiles a channel is split into: enough programs for any GPU, while a finishing program still reads the tiles of a
+group (4 channels x 1024 tiles in a VAE) in two turns of `finish_block`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,63 +58,46 @@ class GroupNormLaunch:
 
     Attributes:
         split: take the statistics by tiles, see the module.
-        block, warps: elements that a single group's program holds at least, and its threads over 32.
+        held: a single group's program reads it once; `block` is at least as large as the group.
+        block, warps: elements that a single group's program holds at once, and its threads over 32.
         rows, columns: positions and channels that a tile's program holds at once.
         tile_rows: positions of a tile; a multiple of `rows` wastes nothing.
         tile_warps: threads of a tile's program over 32.
-        merged_tiles: most tiles that are merged without a launch in between; a power of two.
-        finish_block, finish_warps: tiles that a program of that launch holds at once, and its threads over 32.
+        finish_block, finish_warps: partial results that a finishing program holds at once, and its threads over 32.
     """
 
     split: bool
-    block: int = SINGLE_SLOTS
+    held: bool = False
+    block: int = 8192
     warps: int = 16
     rows: int = 32
-    columns: int = 128
+    columns: int = 64
     tile_rows: int = 64
-    tile_warps: int = 8
-    merged_tiles: int = MERGED_TILES
-    finish_block: int = 1024
-    finish_warps: int = 4
+    tile_warps: int = 4
+    finish_block: int = 2048
+    finish_warps: int = 8
 
 
 def group_norm_launch(channels: int, positions: int, num_groups: int) -> GroupNormLaunch:
     """The rule: a group up to `SINGLE_SLOTS` elements is one program's; larger ones are split into at most 1024 tiles.
 
-    A tile is up to 128 channels wide and 64 positions long, and longer where that would be more than 64 tiles; but not
-    beyond 256 positions, from where on there are more tiles, and a launch more to merge them. The batch plays no part
-    in the choice, so an image's bits do not depend on how many are made beside it.
+    What is not held is read 8192 elements at a time, 16 a thread, two accumulators each. A tile is 64
+    channels wide, a cache line of 16-bit values that divides every channel count of SD and SDXL, and 64 positions
+    long, which keeps its partial results at a sixteenth of what it reads (16-bit) and makes 640 programs of SD1.5's
+    smallest split norm; it grows where that would be more than 1024 tiles. The batch plays no part in the choice, so
+    an image's bits do not depend on how many are made beside it.
 
     >>> group_norm_launch(1280, 16 * 16, 32).split, group_norm_launch(128, 512 * 512, 32).tile_rows
     (False, 256)
     """
+    columns = min(64, 1 << max(channels - 1, 0).bit_length())
+    tile_rows = max(64, 32 * -(-positions // (32 * MOST_TILES)))
     slots = positions * channels // max(num_groups, 1)
-    few = slots <= FEW_SLOTS
-    tile_rows = max(64, min(256, _multiple(positions, MERGED_TILES)), _multiple(positions, MOST_TILES))
-    return GroupNormLaunch(
-        split=slots > SINGLE_SLOTS,
-        block=FEW_SLOTS if few else SINGLE_SLOTS,
-        warps=4 if few else 16,
-        tile_rows=tile_rows,
-    )
-
-
-def tile_constants(channels: int, num_groups: int, cut: GroupNormLaunch) -> dict[str, int]:
-    """What a tile's program is compiled for: norms with the same share it."""
-    width = channels // num_groups
-    together = max(cut.columns // width, 1)
-    return {
-        "ROWS": cut.rows,
-        "COLUMNS": cut.columns,
-        "GROUPS": _at_least(together, 16),
-        "ALIGNED": 8 if channels % 8 == together * width % 8 == 0 else 1,
-        "num_warps": cut.tile_warps,
-    }
-
-
-def _multiple(positions: int, tiles: int) -> int:
-    """Positions of a tile, a multiple of 32, where there are at most so many tiles."""
-    return 32 * -(-positions // (32 * tiles))
+    for block in HELD_SLOTS:
+        if slots <= block:
+            one = GroupNormLaunch(split=False, held=True, block=block, warps=block // 1024)
+            return replace(one, columns=columns, tile_rows=tile_rows)
+    return GroupNormLaunch(split=slots > SINGLE_SLOTS, columns=columns, tile_rows=tile_rows)
 
 
 def group_norm(
@@ -301,7 +284,7 @@ def _(x: Tensor, *options: object) -> Tensor:
 
 def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
     width = norm.channels // norm.num_groups
-    single_kernel[(norm.batch * norm.num_groups,)](
+    (held_kernel if cut.held else single_kernel)[(norm.batch * norm.num_groups,)](
         norm.x,
         norm.output,
         *optional(norm.x, norm.weight, norm.bias, norm.add, norm.before),
@@ -311,76 +294,44 @@ def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
         norm.channels,
         norm.eps,
         GROUP=width,
-        BLOCK=_at_least(norm.positions * width, cut.block),
+        BLOCK=cut.block,
         num_warps=cut.warps,
     )
 
 
 def _run_split(norm: _Norm, cut: GroupNormLaunch) -> None:
-    x, batch, groups, positions = norm.x, norm.batch, norm.num_groups, norm.positions
-    width = norm.channels // groups
-    # a program takes whole groups, or a part of one that is wider
-    together, parts = max(cut.columns // width, 1), -(-width // cut.columns)
-    blocks = -(-groups // together) * parts
-    tiles = -(-positions // cut.tile_rows)
-    tile = tile_constants(norm.channels, groups, cut)
+    x, batch, channels, positions = norm.x, norm.batch, norm.channels, norm.positions
+    tiles, column_tiles = -(-positions // cut.tile_rows), -(-channels // cut.columns)
+    tile = {"ROWS": cut.rows, "COLUMNS": cut.columns, "num_warps": cut.tile_warps}
 
-    found = x.new_empty(2, batch, tiles * parts, groups, dtype=torch.float32)
-    partial_kernel[(batch * tiles, blocks)](
-        x,
-        *found,
-        *optional(x, norm.add, norm.before),
+    partial = x.new_empty(2, batch, tiles, channels, dtype=torch.float32)
+    partial_kernel[(batch * tiles, column_tiles)](x, *partial, positions, channels, tiles, cut.tile_rows, **tile)
+
+    scale = x.new_empty(2, batch, channels, dtype=torch.float32)
+    finish_kernel[(batch * norm.num_groups,)](
+        *partial,
+        *scale,
+        *optional(x, norm.weight, norm.add, norm.before),
         norm.add_row,
         positions,
-        norm.channels,
-        groups,
-        together,
-        parts,
+        channels,
+        norm.num_groups,
         tiles,
         cut.tile_rows,
-        **tile,
+        norm.eps,
+        BLOCK=cut.finish_block,
+        num_warps=cut.finish_warps,
     )
 
-    merged, tile_rows = cut.merged_tiles, cut.tile_rows
-    if parts > 1 or tiles > merged:
-        several, found = found, x.new_empty(2, batch, 1, groups, dtype=torch.float32)
-        finish_kernel[(batch * groups,)](
-            *several,
-            *found,
-            positions,
-            norm.channels,
-            groups,
-            parts,
-            tiles,
-            tile_rows,
-            COLUMNS=cut.columns,
-            BLOCK=cut.finish_block,
-            num_warps=cut.finish_warps,
-        )
-        merged, tiles, tile_rows = 1, 1, positions
-
-    row_tiles = -(-positions // cut.rows)
-    apply_kernel[(batch * row_tiles, blocks)](
+    tiles = -(-positions // cut.rows)
+    apply_kernel[(batch * tiles, column_tiles)](
         x,
         norm.output,
-        *found,
-        *optional(x, norm.weight, norm.bias, norm.add, norm.before),
-        norm.add_row,
+        *scale,
+        *optional(x, norm.bias),
         int(norm.silu),
         positions,
-        norm.channels,
-        groups,
-        together,
-        parts,
+        channels,
         tiles,
-        tile_rows,
-        row_tiles,
-        norm.eps,
-        TILES=merged,
         **tile,
     )
-
-
-def _at_least(number: int, least: int) -> int:
-    """The next power of two."""
-    return max(least, 1 << max(number - 1, 0).bit_length())

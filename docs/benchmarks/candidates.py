@@ -158,12 +158,12 @@ def group_norm(shape: tuple[int, ...], draw: Any) -> Any:
     x, weight, bias = draw(*shape).contiguous(memory_format=torch.channels_last), draw(channels), draw(channels)
     groups = min(32, channels)
     now = group_norm_launch(channels, x[0, 0].numel(), groups)
-    cuts = {"now": now}
-    if not now.split:
-        cuts |= {f"by {warps} warps": replace(now, warps=warps) for warps in (4, 8, 16) if warps != now.warps}
-    cuts["split"] = replace(now, split=True)
-    for change in ({"rows": 16}, {"tile_warps": 4}, {"tile_rows": 128}, {"tile_rows": 256}, {"merged_tiles": 1}):
-        cuts["split, " + " ".join(f"{name} {n}" for name, n in change.items())] = replace(now, split=True, **change)
+    cuts = {"now": now, "read twice": replace(now, split=False, held=False, block=8192, warps=16)}
+    if now.held:
+        cuts |= {f"by {warps} warps": replace(now, warps=warps) for warps in (4, 8, 16)}
+    for change in ({}, {"tile_warps": 8}, {"columns": 128}, {"tile_rows": 128}, {"finish_block": 1024}):
+        name = " ".join(["split", *(f"{what} {n}" for what, n in change.items())])
+        cuts[name] = replace(now, split=True, held=False, **change)
     run = partial(KERNELS["group_norm"].run, x, groups, weight, bias, silu=True)
     ways = {name: partial(run, launch=launch) for name, launch in cuts.items() if name == "now" or launch != now}
     plain = KERNELS["group_norm"].plain

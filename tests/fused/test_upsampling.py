@@ -37,7 +37,7 @@ def pair():
     return host, copy.deepcopy(host)
 
 
-def picture(height: int = 16, width: int = 16, batch: int = 2) -> Tensor:
+def picture(height: int = 32, width: int = 32, batch: int = 2) -> Tensor:
     x = torch.randn(batch, height, width, 8, generator=torch.Generator().manual_seed(1))
     return x.movedim(-1, 1)
 
@@ -61,7 +61,7 @@ def test_one_convolution_of_the_small_picture(name, bias, kernel_calls):
     ours = copy.deepcopy(host)
     journal = fuse(ours)
     assert torch.equal(ours(X), host(X))
-    assert torch.equal(ours(hidden_states=X, output_size=(32, 32)), host(X))
+    assert torch.equal(ours(hidden_states=X, output_size=(64, 64)), host(X))
     assert torch.equal(ours(X, X.new_zeros(1, 1, 32, 32).shape[2:]), host(X))
     assert ran(kernel_calls) == {"upsample_conv": 3}
     assert "upsample_conv: 1 of 1 layers ran the kernel at their last call" in told(journal)
@@ -146,9 +146,9 @@ def test_where_autocast_chooses_the_dtype(pair, kernel_calls):
 @pytest.mark.parametrize(
     ("x", "given", "reason"),
     [
-        (picture(15, 17), {}, "on fewer than 256 positions it would cost more than it spares"),
-        (picture(8, 8, batch=9), {}, "on fewer than 256 positions it would cost more than it spares"),
-        (X, {"output_size": (31, 32)}, "it is asked for another size than twice its input's"),
+        (picture(31, 33), {}, "on fewer than 1024 positions it would cost more than it spares"),
+        (picture(16, 16, batch=9), {}, "on fewer than 1024 positions it would cost more than it spares"),
+        (X, {"output_size": (63, 64)}, "it is asked for another size than twice its input's"),
     ],
 )
 @torch.no_grad()
@@ -222,7 +222,7 @@ def test_a_compiler_sees_one_graph(pair, kernel_calls):
     host, ours = pair
     fuse(ours)
     compiled = torch.compile(ours, fullgraph=True, backend="eager", dynamic=True)
-    for x in (X, picture(17, 20), picture(8, 8)):
+    for x in (X, picture(33, 36), picture(8, 8)):
         assert torch.equal(compiled(x), host(x))
 
 

@@ -17,6 +17,7 @@ from diffusers_turbo.kernels import KERNELS, base, is_available, unavailable
 from diffusers_turbo.kernels.add_layer_norm import add_layer_norm_launch, add_layer_norm_reasons
 from diffusers_turbo.kernels.geglu import geglu_launch, geglu_reasons
 from diffusers_turbo.kernels.group_norm import (
+    HELD_SLOTS,
     MOST_TILES,
     SINGLE_SLOTS,
     GroupNormLaunch,
@@ -224,6 +225,8 @@ def test_bfloat16_needs_ampere():
 def test_the_rule_of_group_norm(channels, side):
     launch = group_norm_launch(channels, side * side, 1)
     assert launch.split == (channels * side * side > SINGLE_SLOTS)
+    assert launch.held == (channels * side * side <= max(HELD_SLOTS))
+    assert not launch.held or launch.block >= channels * side * side
     assert launch.tile_rows % launch.rows == 0
     assert -(-side * side // launch.tile_rows) <= MOST_TILES
     assert all(is_power_of_two(n) for n in (launch.block, launch.rows, launch.columns, launch.warps, launch.tile_warps))

@@ -17,15 +17,11 @@ from tests.kernels.checking import DTYPES, check, image, largest_error, randn
 # SD1.5 and SDXL UNets: 10 to 80; VAEs: 4, 8, 16; and odd ones.
 GROUP_WIDTHS = (1, 3, 4, 7, 8, 10, 16, 20, 30, 40, 60, 80)
 
-SINGLE = GroupNormLaunch(split=False, block=64, warps=4)
+HELD = GroupNormLaunch(split=False, held=True, block=2048, warps=4)
 # So small that a little image takes several turns of every loop, and ends within one.
-SPLIT = GroupNormLaunch(split=True, rows=8, tile_rows=16, merged_tiles=8)
-# With a launch in between, and groups wider than a tile.
-FINISHED = GroupNormLaunch(
-    split=True, rows=16, columns=32, tile_rows=16, merged_tiles=1, finish_block=1, finish_warps=1
-)
-every_way = pytest.mark.parametrize("launch", [SINGLE, SPLIT, FINISHED], ids=["single", "split", "finished"])
-both_ways = pytest.mark.parametrize("launch", [SINGLE, SPLIT], ids=["single", "split"])
+SINGLE = GroupNormLaunch(split=False, block=512, warps=4)
+SPLIT = GroupNormLaunch(split=True, rows=8, columns=128, tile_rows=16, finish_block=128, finish_warps=4)
+every_way = pytest.mark.parametrize("launch", [HELD, SINGLE, SPLIT], ids=["held", "single", "split"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -40,7 +36,7 @@ def test_every_number_of_channels_a_group(width, launch, device):
     assert output.stride() == x.stride()
 
 
-@both_ways
+@every_way
 @every_dtype
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("embedded", [False, True])
@@ -51,7 +47,7 @@ def test_with_and_without_silu_and_embedding(silu, embedded, dtype, launch, devi
     check("group_norm", x, 2, weight, bias, 1e-6, silu=silu, add=add, launch=launch)
 
 
-@both_ways
+@every_way
 @every_dtype
 @pytest.mark.parametrize("embedded", [False, True])
 def test_the_bias_of_the_convolution_before(embedded, dtype, launch, device):
@@ -61,7 +57,7 @@ def test_the_bias_of_the_convolution_before(embedded, dtype, launch, device):
     check("group_norm", x, 2, *randn(2, 20, dtype=dtype, device=device), launch=launch, **given)
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", ["stripes", "one for all"])
 def test_an_embeddings_rows_may_lie_anywhere(rows, launch, device):
     x, wide = image(3, 20, 5, 4, device=device), randn(3, 90, device=device, seed=9) * 3
@@ -100,7 +96,7 @@ def test_every_rank(shape, launch, device):
     assert output.stride() == x.stride()
 
 
-@both_ways
+@every_way
 def test_weights_of_another_dtype(launch, device):
     x = image(2, 12, 3, 3, dtype=torch.float16, device=device)
     weight, bias = randn(2, 12, device=device)
@@ -110,7 +106,7 @@ def test_weights_of_another_dtype(launch, device):
     assert torch.equal(group_norm(x, 2, weight, launch=launch), group_norm(x, 2, weight, 0 * bias, launch=launch))
 
 
-@both_ways
+@every_way
 def test_a_constant_image_is_its_bias(launch, device):
     x = torch.full((1, 12, 4, 4), 7.0, device=device).to(memory_format=torch.channels_last)
     bias = randn(12, device=device)
@@ -126,10 +122,11 @@ def test_a_sample_has_the_same_bits_in_any_batch(launch, device):
 
 
 def test_by_the_rule_alone(device):
-    """Without `launch`: a small image in one program a group, and one beyond the limit by tiles."""
-    for sides, split in (((6, 6), False), ((33, 32), True)):
+    """Without `launch`: an image that one program a group holds, one that it reads twice, and one by tiles."""
+    for sides, way in (((6, 6), (False, True)), ((31, 17), (False, False)), ((33, 32), (True, False))):
         x = image(1, 33, *sides, dtype=torch.float16, device=device)
-        assert group_norm_launch(33, sides[0] * sides[1], 1).split == split
+        launch = group_norm_launch(33, sides[0] * sides[1], 1)
+        assert (launch.split, launch.held) == way
         check("group_norm", x, 1, silu=True)
 
 
@@ -137,7 +134,7 @@ def test_of_nothing(device):
     assert group_norm(torch.empty(0, 4, 3, 3, device=device), 2).shape == (0, 4, 3, 3)
 
 
-@settings(max_examples=6, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 2),
     groups=st.integers(1, 4),
@@ -147,12 +144,12 @@ def test_of_nothing(device):
     launch=st.builds(
         GroupNormLaunch,
         split=st.booleans(),
-        block=st.sampled_from([1, 512]),
+        held=st.booleans(),
+        block=st.sampled_from([64, 512]),
         rows=st.sampled_from([1, 4, 16]),
         columns=st.sampled_from([8, 64]),
         tile_rows=st.sampled_from([1, 5, 16, 50]),
-        merged_tiles=st.sampled_from([1, 2, 64]),
-        finish_block=st.sampled_from([4, 256]),
+        finish_block=st.sampled_from([16, 256]),
     ),
 )
 def test_any_shape_and_cut(batch, groups, width, sides, silu, launch, device):
@@ -160,6 +157,8 @@ def test_any_shape_and_cut(batch, groups, width, sides, silu, launch, device):
     if batch * width * sides[0] * sides[1] == 1:
         return  # PyTorch refuses to normalise a single value
     launch = replace(launch, warps=1, tile_warps=1, finish_warps=1)
+    if launch.held:
+        launch = replace(launch, block=2048)
     x = image(batch, groups * width, *sides, device=device)
     weight, bias = randn(2, groups * width, device=device)
     # With few values in a group their mean may lie many deviations away from zero.
