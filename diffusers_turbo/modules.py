@@ -37,3 +37,12 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether one of these hooks hangs on a module itself."""
     state = vars(module)  # no loop: this is asked of thousands of modules
     return _ACCELERATES in state or _DIFFUSERS in state
+
+
+def hooked_in(root: nn.Module) -> bool:
+    """Whether one of these hooks hangs on any module of a tree.
+
+    >>> hooked_in(nn.Sequential(nn.SiLU()))
+    False
+    """
+    return any(_ACCELERATES in state or _DIFFUSERS in state for state in map(vars, modules_in(root)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from diffusers_turbo.modules import HOOKS, is_hooked, modules_in
+from diffusers_turbo.modules import HOOKS, hooked_in, is_hooked, modules_in
 from tests import tiny
 
 
@@ -32,5 +32,7 @@ def test_modules_and_their_order_are_those_of_torch(make):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_is_found_on_the_module_that_carries_it(hook):
     tree = nn.Sequential(nn.SiLU())
+    assert not hooked_in(tree)
     setattr(tree[0], hook, object())
+    assert hooked_in(tree)
     assert [is_hooked(module) for module in modules_in(tree)] == [False, True]

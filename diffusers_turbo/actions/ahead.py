@@ -34,6 +34,7 @@ class AheadCall(ABC):
         self.reason: str | None = None
         self.pipe: Any = None
         self._prepared = False
+        self._seen: object = None
         self._state: State | None = None
         self._memory: tuple[tuple[Tensor, ...], Any, Tensor] | None = None
 
@@ -63,7 +64,10 @@ class AheadCall(ABC):
 
     def prepare(self) -> str | None:
         """Lay the forwards on the modules that stand in the network now; return why not, if that is so."""
-        self.layers = self.find()
+        network = _graphs_of(self.inner)
+        seen = None if network is None else network.look()
+        if seen is None or seen is not self._seen:
+            self.layers, self._seen = self.find(), seen
         carriers = self.carriers()
         fresh = not self.forwards.are_on(carriers)
         if fresh:
@@ -72,6 +76,8 @@ class AheadCall(ABC):
         reason = self.why_not(carriers, fresh)
         if fresh and reason is None:
             self.lay()
+        if fresh and network is not None:
+            network.look_again()  # these forwards are in its modules
         self._state = State(carriers) if reason is None else None
         self.reason = reason  # last: another thread may ask
         return reason

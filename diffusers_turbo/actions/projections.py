@@ -132,7 +132,7 @@ def _fused_weights(attn: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
         if are_plain(*projections):
             for field, whole in fused._buffers.items():
                 if whole is not None:
-                    yield whole, [getattr(projection, field) for projection in projections]
+                    yield whole, [projection._parameters[field] for projection in projections]
 
 
 def _are_in_place(sources: list[Tensor], whole: Tensor) -> list[bool]:

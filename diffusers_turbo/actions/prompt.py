@@ -96,7 +96,7 @@ class PromptCall(AheadCall):
                 return reason
         if fresh and any("forward" in vars(module) for module in carriers):
             return "a projection's forward was replaced"
-        return why_not_capturable(nn.ModuleList(carriers))
+        return why_not_capturable(*carriers)
 
 
 def apply(pipe: Any, options: PromptProjections) -> Journal:

@@ -134,7 +134,7 @@ class TimeCall(AheadCall):
                 return f"a {type(resnet).__name__} takes the time in a way of its own"
         if fresh and any("forward" in vars(module) for module in carriers):
             return "the forward of a projection or activation was replaced"
-        return why_not_capturable(nn.ModuleList(carriers))
+        return why_not_capturable(*carriers)
 
 
 def apply(pipe: Any, options: TimeProjections) -> Journal:

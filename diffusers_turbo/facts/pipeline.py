@@ -159,11 +159,11 @@ def device_without_hooks(pipe: Any) -> torch.device | None:
     """
     import torch
 
-    from ..modules import is_hooked, modules_in
+    from ..modules import hooked_in
 
     places = []
     for root in _modules(pipe).values():
-        if any(map(is_hooked, modules_in(root))):
+        if hooked_in(root):
             return None
         if (tensor := next(itertools.chain(root.parameters(), root.buffers()), None)) is not None:
             places.append(tensor.device)

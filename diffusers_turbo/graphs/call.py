@@ -82,6 +82,16 @@ class GraphedCall:
             self._calls_inside -= 1
             self._checked = False
 
+    def look(self) -> object:
+        """Look at the module unless this call of the pipeline has; return another object after each change."""
+        with self._lock:
+            return self._looked().seen
+
+    def look_again(self) -> None:
+        """Have the next call of the module look at it again."""
+        with self._lock:
+            self._checked = False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module: replay where a valid graph is there, else eagerly."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_capturing(self.device):
@@ -114,6 +124,13 @@ class GraphedCall:
 
     def _refresh(self) -> None:
         """Drop the graphs if what they baked in has changed."""
+        numbers = self._looked().numbers()
+        if numbers != self._numbers:
+            self._numbers = numbers
+            self.clear()
+
+    def _looked(self) -> Watch:
+        """Return the watch over the modules; a first look in a call of the pipeline drops the graphs after a change."""
         if self._watch is None:
             self._watch, self.reason = Watch(self.module), why_not_capturable(self.module)
         elif not (self._checked and self._calls_inside) and self._watch.changed():
@@ -121,10 +138,7 @@ class GraphedCall:
             self.device = next(self.module.parameters()).device
             self.clear()
         self._checked = True
-        numbers = self._watch.numbers()
-        if numbers != self._numbers:
-            self._numbers = numbers
-            self.clear()
+        return self._watch
 
     def _remember(self, key: Signature) -> None:
         self._seen[key] = None

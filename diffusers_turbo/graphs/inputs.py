@@ -63,7 +63,8 @@ def _version(leaf: Any) -> int | None:
 
 def _distinct(tensor: Tensor) -> Tensor:
     """A view of an expanded tensor without the repetitions, which cannot be written to."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
+    if 0 in tensor.stride():
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
     return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -22,10 +22,14 @@ _WATCHED = frozenset((*NUMBERS, "processor"))
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
+_ID = object.__hash__
+"""Tells objects by their addresses, as `id` does; but `id` calls every audit hook, and filelock adds one in Python."""
+
 
 class Watch:
     """A module tree as a graph saw it; objects are named by weak references, or by the ids of what is there still.
 
+    `seen` is what there was to see; another object after each change.
     `changed` looks at all of it once a call of the pipeline: 1 to 2 ms for SD1.5's UNet, 4 to 7 for
     SDXL's, on one slow core.
     `numbers` reads what a callback may change between two steps: 33 and 144 microseconds there.
@@ -40,9 +44,9 @@ class Watch:
         """Whether a graph is out of date: other modules, addresses, hooks or training flags than last time."""
         modules = [module() for module in self._modules]
         now = None if None in modules else _look(modules)
-        if now == self._seen:
+        if now == self.seen:
             return False
-        before = self._seen
+        before = self.seen
         self._take()
         return now is None or now.what != before.what
 
@@ -50,7 +54,7 @@ class Watch:
         modules = modules_in(self.root)
         self._modules = list(map(weakref.ref, modules))
         self._numbers = Numbers(modules)
-        self._seen = _look(modules)
+        self.seen = _look(modules)
 
     def numbers(self) -> tuple[Any, ...]:
         """Return the plain numbers and the processors in force."""
@@ -94,7 +98,7 @@ def _look(modules: list[Any]) -> _Seen:
     tables = [table for state in states for table in (state["_parameters"], state["_buffers"]) if table]
     tensors = [x for table in tables for x in table.values() if x is not None]
     what = (
-        [id(child) for state in states if state["_modules"] for child in state["_modules"].values()],
+        [_ID(child) for state in states if state["_modules"] for child in state["_modules"].values()],
         [
             hook
             for state in states
@@ -138,21 +142,28 @@ def _named(value: object) -> object:
         return value
 
 
-def why_not_capturable(root: nn.Module) -> str | None:
-    """Return why a module's calls must not be captured, None when they may be."""
-    modules = modules_in(root)
+def why_not_capturable(*roots: nn.Module) -> str | None:
+    """Return why calls of some modules must not be captured, None when they may be."""
+    modules = modules_in(*roots)
     for module in modules:
         if reason := _why_not_capturable(module):
-            name = next(name for name, other in root.named_modules() if other is module)
-            return f"{type(root).__name__}.{name} {reason}" if name else f"{type(root).__name__} {reason}"
-    if any(weight is not None and weight.is_meta for module in modules for weight in module._parameters.values()):
-        return f"{type(root).__name__} has weights on the meta device"
+            return f"{_name_of(module, roots)} {reason}"
+    for module in modules:
+        if any(weight is not None and weight.is_meta for weight in module._parameters.values()):
+            return f"{_name_of(module, roots)} has weights on the meta device"
     return None
+
+
+def _name_of(module: nn.Module, roots: Sequence[nn.Module]) -> str:
+    """Return a module's name in the first of some trees that has it, after the class of its root."""
+    root, name = next((root, name) for root in roots for name, other in root.named_modules() if other is module)
+    return f"{type(root).__name__}.{name}" if name else type(root).__name__
 
 
 def _why_not_capturable(module: nn.Module) -> str | None:
     if is_hooked(module):
         return "carries offload hooks, which move weights in the middle of a call"
-    if _hooks_of(vars(module)):
+    state = vars(module)
+    if (state["_forward_hooks"] or state["_forward_pre_hooks"]) and _hooks_of(state):
         return "carries forward hooks, which a replay would not run"
     return "is in training mode" if module.training and _draws_or_learns(module) else None

@@ -122,6 +122,25 @@ def test_a_change_between_two_steps(switch, change):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
+def test_the_layers_are_looked_for_again_only_after_a_change(switch, monkeypatch):
+    stock, ahead = twins(switch)
+    found = []
+    kind = type(ahead.unet._compiled_call_impl)
+    find = kind.find
+    monkeypatch.setattr(kind, "find", lambda self: found.append(self) or find(self))
+    assert near(stock, ahead)
+    assert found == []
+    for pipe in (stock, ahead):
+        pipe.unet.mid_block = copy.deepcopy(pipe.unet.mid_block)
+    for seed in range(3):
+        assert near(stock, ahead, seed=seed)
+    assert len(found) == 2  # the change, and the forwards laid on what came with it
+    layers = set(ahead.unet._compiled_call_impl.layers)
+    assert layers.intersection(ahead.unet.mid_block.modules())
+    assert layers <= set(ahead.unet.modules())
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_without_a_look_at_addresses_a_replay_is_out_of_date(switch, monkeypatch):
     """The tests above can fail: the graph does replay on the weights that it saw."""
     stock, ahead = twins(switch)

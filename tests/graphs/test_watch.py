@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_turbo.graphs.watch import Watch
+from diffusers_turbo.graphs import watch as watching
+from diffusers_turbo.graphs.watch import Watch, why_not_capturable
 
 
 @pytest.fixture
@@ -74,6 +75,20 @@ def test_an_attribute_to_watch_that_comes_later_is_among_the_numbers(tree):
     before = watch.numbers()
     tree[0].s1 = 0.6
     assert watch.numbers() != before != ()
+
+
+def test_a_look_calls_no_audit_hooks(tree, monkeypatch):
+    """`id` does, once for each module."""
+    monkeypatch.setattr(watching, "id", None, raising=False)
+    assert not Watch(tree).changed()
+
+
+def test_of_several_modules_the_one_that_must_not_be_captured_is_named(tree):
+    tree.eval()
+    assert why_not_capturable(*tree) is None
+    tree[1][0].register_forward_hook(lambda *_: None)
+    assert why_not_capturable(*tree) == "Sequential.0 carries forward hooks, which a replay would not run"
+    assert why_not_capturable(tree[0], tree[0].to("meta")) == "Linear has weights on the meta device"
 
 
 def test_modules_are_not_kept_alive(tree):
