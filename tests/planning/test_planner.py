@@ -248,6 +248,6 @@ def test_fused_kernels_are_left_with_the_precise_reason(device, name, reason):
 
 
 def test_beside_a_compiler_fused_kernels_are_not_needed():
-    made = plan(facts_of("sd15"), DeviceFacts.card("H100"), images=10_000)
+    made = plan(facts_of("sd15"), DeviceFacts.card("H100"), tier="compiled")
     assert "compile_unet" in actions_of(made)
     assert "The compiler fuses" in reason_of(made, "enable_fused_kernels")

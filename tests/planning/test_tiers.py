@@ -106,15 +106,31 @@ def test_compiled_on_sdxl():
     assert order.index("compile_unet") < order.index("enable_cuda_graphs") < order.index("enable_prompt_projections")
 
 
+@pytest.fixture
+def compiling_pays(monkeypatch):
+    """Figures by which a compiled picture is sooner done than one of the instant tier."""
+    gain = dataclasses.replace(TIER_GAINS["sd15"], compiled_ms=TIER_GAINS["sd15"].instant_ms - 12)
+    monkeypatch.setitem(TIER_GAINS, "sd15", gain)
+    return gain
+
+
 @pytest.mark.parametrize("tier", ["fastest", None])
-def test_fastest_compiles_from_the_break_even_on_and_states_it(tier):
-    pays = TIER_GAINS["sd15"].break_even_images
+def test_fastest_compiles_from_the_break_even_on_and_states_it(tier, compiling_pays):
+    pays = compiling_pays.break_even_images
     few, many = (plan(facts_of("sd15"), H100, tier=tier, images=images) for images in (pays - 1, pays))
     assert "compile_unet" not in taken(few)
     assert "compile_unet" in taken(many)
     for made in (few, many, plan(facts_of("sd15"), H100, tier=tier)):
         assert f"compiling pays from {pays} pictures on" in " ".join(made.notes)
         assert "enable_cuda_graphs" in taken(made)
+
+
+def test_fastest_does_not_compile_what_was_measured_to_be_slower():
+    made = plan(facts_of("sd15"), H100, tier="fastest", images=10**6)
+    gain = TIER_GAINS["sd15"]
+    assert gain.compiled_ms > gain.instant_ms
+    assert "compile_unet" not in taken(made)
+    assert f"compiling pays for no number of pictures ({gain.compiled_ms} ms; " in " ".join(made.notes)
 
 
 def test_fastest_does_not_compile_where_nothing_says_that_it_pays():
@@ -124,8 +140,8 @@ def test_fastest_does_not_compile_where_nothing_says_that_it_pays():
     assert "nothing was measured to say when compiling pays" in " ".join(made.notes)
 
 
-def test_the_break_even_is_where_both_are_done_at_the_same_time():
-    gain = TIER_GAINS["sd15"]
+def test_the_break_even_is_where_both_are_done_at_the_same_time(compiling_pays):
+    gain = compiling_pays
     for images, compiled_is_sooner in ((gain.break_even_images, True), (gain.break_even_images - 1, False)):
         instant = gain.instant_first_s + images * gain.instant_ms / 1000
         compiled = gain.compiled_first_s + images * gain.compiled_ms / 1000

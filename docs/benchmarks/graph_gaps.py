@@ -1,0 +1,146 @@
+"""How far apart the kernels of a CUDA graph lie, by the graph's shape.
+
+python docs/benchmarks/graph_gaps.py docs/benchmarks/graph-gaps-h100.json
+
+All graphs have the same small kernels, one after the other, and one more thing:
+
+    line              nothing more
+    memset first      a memset of four bytes before them
+    memset between    one in their middle
+    empty node        a node that does nothing and waits for nothing
+    branch            a kernel of its own beside the first of them, on which the last one waits
+
+Microseconds a kernel on the device, and microseconds of the host for a launch of all: medians, in turns. A node that
+lets the driver launch the graph in another way shows in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusers_turbo.bench.environment import read_environment
+from diffusers_turbo.graphs.memsets import driver_for
+
+COUNTS = (50, 500, 1500)
+ROUNDS, REPLAYS = 15, 10
+
+
+def memset(target: Tensor) -> None:
+    """Set four bytes on the current stream."""
+    stream = torch.cuda.current_stream().cuda_stream
+    driver = driver_for(torch.cuda.current_device())
+    assert driver is not None
+    place, words = ctypes.c_uint64(target.data_ptr()), ctypes.c_size_t(1)
+    driver._call("cuMemsetD32Async", place, ctypes.c_uint(0), words, ctypes.c_void_p(stream))
+
+
+def line(count: int, before: Callable[[int], None] = lambda index: None) -> Callable[[], None]:
+    """Return what launches so many kernels, each after `before` of its index."""
+    x = torch.zeros(1 << 16, device="cuda")
+
+    def run() -> None:
+        for index in range(count):
+            before(index)
+            x.add_(1)
+
+    return run
+
+
+def with_branch(count: int) -> Callable[[], None]:
+    """Return what launches so many kernels, and one beside them."""
+    side, y, run = torch.cuda.Stream(), torch.zeros(1, device="cuda"), line(count - 1)
+
+    def both() -> None:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            y.add_(1)
+        run()
+        main.wait_stream(side)
+        y.add_(1)
+
+    return both
+
+
+def record(run: Callable[[], None], empty_node: bool = False) -> torch.cuda.CUDAGraph:
+    """Capture it and make it ready."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        run()
+    if empty_node:
+        driver, node = driver_for(torch.cuda.current_device()), ctypes.c_void_p()
+        assert driver is not None
+        raw = ctypes.c_void_p(graph.raw_cuda_graph())
+        driver._call("cuGraphAddEmptyNode", ctypes.byref(node), raw, None, ctypes.c_size_t(0))
+    graph.instantiate()
+    return graph
+
+
+def graphs_of(count: int) -> dict[str, torch.cuda.CUDAGraph]:
+    """One graph of each shape."""
+    target = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def memset_at(place: int) -> Callable[[int], None]:
+        return lambda index: memset(target) if index == place else None
+
+    return {
+        "line": record(line(count)),
+        "memset first": record(line(count, memset_at(0))),
+        "memset between": record(line(count, memset_at(count // 2))),
+        "empty node": record(line(count), empty_node=True),
+        "branch": record(with_branch(count)),
+    }
+
+
+def measure(graph: torch.cuda.CUDAGraph) -> tuple[float, float]:
+    """Return milliseconds on the device, and of the host, for one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    began = time.perf_counter()
+    for _ in range(REPLAYS):
+        graph.replay()
+    host_ms = 1000 * (time.perf_counter() - began)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / REPLAYS, host_ms / REPLAYS
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="where the JSON goes")
+    given = parser.parse_args()
+    rows = []
+    for count in COUNTS:
+        graphs = graphs_of(count)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in graphs}
+        for graph in graphs.values():
+            measure(graph)
+        for _ in range(ROUNDS):
+            for name, graph in graphs.items():
+                times[name].append(measure(graph))
+        for name, found in times.items():
+            device_ms, host_ms = (statistics.median(column) for column in zip(*found, strict=True))
+            row = {"kernels": count, "shape": name, "us_a_kernel": 1000 * device_ms / count, "host_us": 1000 * host_ms}
+            rows.append({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()})
+            print(
+                "{kernels:5} {shape:15} {us_a_kernel:7.2f} us a kernel {host_us:9.1f} us of the host".format(**rows[-1])
+            )
+    environment = read_environment("cuda", measure=False)
+    given.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
