@@ -157,8 +157,10 @@ def _draw_memory(results: Results, *, numbered: bool) -> tuple[Figure, bool]:
             if row.case == results.baseline:
                 ring = axes.scatter(x, y, s=140, facecolors="none", edgecolors=INK, linewidths=1, zorder=2)
                 entries["baseline"] = ring
-    axes.margins(0.12)
     if not numbered:  # in a crowd the zero is given up for room
+        axes.update_datalim([(0.0, 0.0)])  # so that the margin is one of all that is drawn
+    axes.margins(0.12)
+    if not numbered:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds per picture (median)")

@@ -147,6 +147,18 @@ def test_without_device_memory_the_process_counts():
     assert figure.axes[0].collections[0].get_offsets().tolist() == [[1.0, 2.0]]
 
 
+def test_peaks_that_lie_close_to_each_other_have_room_above_them():
+    cases = samples.CASES[:2]
+    rows = [
+        Row(case=case.name, batch=1, steps=1, status=Status.OK, seconds=[seconds], peak_allocated_bytes=peak)
+        for case, seconds, peak in zip(cases, (2.4, 2.3), (11.5 * samples.GIB, 11.4 * samples.GIB), strict=True)
+    ]
+    (axes,) = memory_figure(Results(job=samples.job(cases=cases), rows=rows, started="")).axes
+    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+    assert axes.get_xlim()[1] > 1.1 * 2.4
+    assert axes.get_ylim()[1] > 1.1 * 11.5
+
+
 def test_attention_has_two_logarithmic_panels_with_the_slope_of_n_squared():
     figure = attention_figure(POINTS, device="Example GPU, float16")
     time, memory = figure.axes
