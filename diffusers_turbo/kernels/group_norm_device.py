@@ -234,33 +234,30 @@ def finish_kernel(
     size = positions.to(tl.float32) * width
     flat = tl.arange(0, BLOCK)
 
+    count = tl.zeros([BLOCK], dtype=tl.float32)
+    mean = tl.zeros([BLOCK], dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, slots, BLOCK):
         index = start + flat
         tile, column = index // width, index % width
-        mean = tl.load(partial_mean + source + tile * channels + column, mask=index < slots, other=0)
-        extra = tl.load(extras + column, mask=(index < slots) & (has_add != 0), other=0).to(tl.float32)
-        extra += tl.load(known + column, mask=(index < slots) & (has_before != 0), other=0).to(tl.float32)
-        mean += extra
-        count = tl.where(index < slots, tl.minimum(tile_rows, positions - tile * tile_rows), 0)
-        total += count.to(tl.float32) * mean
-    group_mean = tl.sum(total, axis=0) / size
-
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    off = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, slots, BLOCK):
-        index = start + flat
-        tile, column = index // width, index % width
-        mean = tl.load(partial_mean + source + tile * channels + column, mask=index < slots, other=0)
-        extra = tl.load(extras + column, mask=(index < slots) & (has_add != 0), other=0).to(tl.float32)
-        extra += tl.load(known + column, mask=(index < slots) & (has_before != 0), other=0).to(tl.float32)
-        mean += extra
-        count = tl.where(index < slots, tl.minimum(tile_rows, positions - tile * tile_rows), 0)
-        total += tl.load(partial_deviation + source + tile * channels + column, mask=index < slots, other=0)
-        off += count.to(tl.float32) * (mean - group_mean)
-        total += count.to(tl.float32) * (mean - group_mean) * (mean - group_mean)
-    missed = tl.sum(off, axis=0) / size
-    factor = 1.0 / tl.sqrt_rn(tl.sum(total, axis=0) / size - missed * missed + eps)
+        there = index < slots
+        found = tl.load(partial_mean + source + tile * channels + column, mask=there, other=0)
+        spread = tl.load(partial_deviation + source + tile * channels + column, mask=there, other=0)
+        if has_add != 0:
+            found += tl.load(extras + column, mask=there, other=0).to(tl.float32)
+        if has_before != 0:
+            found += tl.load(known + column, mask=there, other=0).to(tl.float32)
+        more = tl.where(there, tl.minimum(tile_rows, positions - tile * tile_rows), 0).to(tl.float32)
+        share = more / tl.maximum(count + more, 1.0)
+        delta = found - mean
+        total += spread + delta * delta * (count * share)
+        mean += delta * share
+        count += more
+    group_mean = tl.sum(count * mean, axis=0) / size
+    off = mean - group_mean
+    missed = tl.sum(count * off, axis=0) / size
+    variance = tl.sum(total + count * off * off, axis=0) / size - missed * missed
+    factor = 1.0 / tl.sqrt_rn(variance + eps)
 
     target = batch * channels + group * width
     for start in range(0, width, BLOCK):
