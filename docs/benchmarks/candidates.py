@@ -290,6 +290,12 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def text_of(environment: dict[str, str], rows: list[dict[str, Any]]) -> str:
+    """JSON with a line for each row."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"environment": {json.dumps(environment)}, "rows": [\n{lines}\n]}}\n'
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure; write and print what a step would save, case by case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -323,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
                         }
                     )
                     print(line(rows[-1]), flush=True)
-                options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+                options.output.write_text(text_of(environment, rows))
 
 
 if __name__ == "__main__":
