@@ -1,8 +1,8 @@
 """How far apart the kernels of a CUDA graph lie, by the graph's shape.
 
-python docs/benchmarks/graph_gaps.py docs/benchmarks/graph-gaps-h100.json
+python docs/benchmarks/graph_gaps.py docs/benchmarks/graph-gaps-h100.json [--arch sd15 sdxl]
 
-All graphs have the same small kernels, one after the other, and one more thing:
+Graphs of small kernels one after the other, and of one thing more:
 
     line              nothing more
     memset first      a memset of four bytes before them
@@ -10,8 +10,10 @@ All graphs have the same small kernels, one after the other, and one more thing:
     empty node        a node that does nothing and waits for nothing
     branch            a kernel of its own beside the first of them, on which the last one waits
 
-Microseconds a kernel on the device, and microseconds of the host for a launch of all: medians, in turns. A node that
-lets the driver launch the graph in another way shows in both.
+and for each architecture the graph of a full-size UNet's step, as the instant tier records it and with an empty node.
+
+Times on the device and of the host for one launch: medians, in turns but for UNets. A node that lets the driver launch
+the graph in another way shows in both.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusers_turbo import auto_optimize
+from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.bench.environment import read_environment
+from diffusers_turbo.graphs.call import GraphedCall
 from diffusers_turbo.graphs.memsets import driver_for
 
 COUNTS = (50, 500, 1500)
@@ -71,20 +77,37 @@ def with_branch(count: int) -> Callable[[], None]:
     return both
 
 
-def record(run: Callable[[], None], empty_node: bool = False) -> torch.cuda.CUDAGraph:
+def record(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture it and make it ready."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         run()
-    if empty_node:
-        driver, node = driver_for(torch.cuda.current_device()), ctypes.c_void_p()
-        assert driver is not None
-        raw = ctypes.c_void_p(graph.raw_cuda_graph())
-        driver._call("cuGraphAddEmptyNode", ctypes.byref(node), raw, None, ctypes.c_size_t(0))
     graph.instantiate()
     return graph
+
+
+def with_empty_node(graph: torch.cuda.CUDAGraph) -> torch.cuda.CUDAGraph:
+    """Add a node that does nothing, and make the graph ready anew."""
+    driver, node = driver_for(torch.cuda.current_device()), ctypes.c_void_p()
+    assert driver is not None
+    raw = ctypes.c_void_p(graph.raw_cuda_graph())
+    driver._call("cuGraphAddEmptyNode", ctypes.byref(node), raw, None, ctypes.c_size_t(0))
+    graph.instantiate()
+    return graph
+
+
+def step_of(arch: str) -> tuple[Any, torch.cuda.CUDAGraph]:
+    """Return a pipeline, and the graph of its UNet's step, which lives as long as it does."""
+    pipe = auto_optimize(build(arch, dtype=torch.float16, device="cuda"), tier="instant")
+    for _ in range(3):
+        pipe("A photo", num_inference_steps=4, output_type="latent")
+    call = pipe.unet._compiled_call_impl
+    while not isinstance(call, GraphedCall):
+        call = call.inner
+    (kept,) = call.graphs.values()
+    return pipe, kept.capture.graph
 
 
 def graphs_of(count: int) -> dict[str, torch.cuda.CUDAGraph]:
@@ -98,7 +121,7 @@ def graphs_of(count: int) -> dict[str, torch.cuda.CUDAGraph]:
         "line": record(line(count)),
         "memset first": record(line(count, memset_at(0))),
         "memset between": record(line(count, memset_at(count // 2))),
-        "empty node": record(line(count), empty_node=True),
+        "empty node": with_empty_node(record(line(count))),
         "branch": record(with_branch(count)),
     }
 
@@ -117,10 +140,26 @@ def measure(graph: torch.cuda.CUDAGraph) -> tuple[float, float]:
     return start.elapsed_time(end) / REPLAYS, host_ms / REPLAYS
 
 
+def row(what: str, shape: str, count: int, found: list[tuple[float, float]]) -> dict[str, Any]:
+    """Print and return one row."""
+    device_ms, host_ms = (statistics.median(column) for column in zip(*found, strict=True))
+    made = {
+        "what": what,
+        "shape": shape,
+        "nodes": count,
+        "device_ms": round(device_ms, 4),
+        "host_ms": round(host_ms, 4),
+    }
+    each = 1000 * device_ms / count
+    print(f"{what:8} {count:5} {shape:15} {device_ms:8.3f} ms, {each:6.2f} us a node; {host_ms:7.3f} ms of the host")
+    return {"what": what, "shape": shape, "nodes": count, "device_ms": device_ms, "host_ms": host_ms}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="where the JSON goes")
+    parser.add_argument("--arch", nargs="*", default=[])
     given = parser.parse_args()
     rows = []
     for count in COUNTS:
@@ -131,13 +170,18 @@ def main() -> None:
         for _ in range(ROUNDS):
             for name, graph in graphs.items():
                 times[name].append(measure(graph))
-        for name, found in times.items():
-            device_ms, host_ms = (statistics.median(column) for column in zip(*found, strict=True))
-            row = {"kernels": count, "shape": name, "us_a_kernel": 1000 * device_ms / count, "host_us": 1000 * host_ms}
-            rows.append({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()})
-            print(
-                "{kernels:5} {shape:15} {us_a_kernel:7.2f} us a kernel {host_us:9.1f} us of the host".format(**rows[-1])
-            )
+        rows += [row("adds", name, count, found) for name, found in times.items()]
+    for arch in given.arch:
+        pipe, graph = step_of(arch)
+        driver = driver_for(torch.cuda.current_device())
+        assert driver is not None
+        nodes = len(driver.nodes(graph.raw_cuda_graph()))
+        measure(graph)
+        rows.append(row(arch, "as it is", nodes, [measure(graph) for _ in range(ROUNDS)]))
+        with_empty_node(graph)
+        measure(graph)
+        rows.append(row(arch, "empty node", nodes, [measure(graph) for _ in range(ROUNDS)]))
+        del pipe
     environment = read_environment("cuda", measure=False)
     given.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
