@@ -143,13 +143,6 @@ def measure(graph: torch.cuda.CUDAGraph) -> tuple[float, float]:
 def row(what: str, shape: str, count: int, found: list[tuple[float, float]]) -> dict[str, Any]:
     """Print and return one row."""
     device_ms, host_ms = (statistics.median(column) for column in zip(*found, strict=True))
-    made = {
-        "what": what,
-        "shape": shape,
-        "nodes": count,
-        "device_ms": round(device_ms, 4),
-        "host_ms": round(host_ms, 4),
-    }
     each = 1000 * device_ms / count
     print(f"{what:8} {count:5} {shape:15} {device_ms:8.3f} ms, {each:6.2f} us a node; {host_ms:7.3f} ms of the host")
     return {"what": what, "shape": shape, "nodes": count, "device_ms": device_ms, "host_ms": host_ms}
