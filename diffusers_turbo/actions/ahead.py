@@ -70,14 +70,15 @@ class AheadCall(ABC):
             self.layers, self._seen = self.find(), seen
         carriers = self.carriers()
         fresh = not self.forwards.are_on(carriers)
+        before = self.forwards.laid
         if fresh:
             self.forwards.lift()
             self.release()
         reason = self.why_not(carriers, fresh)
         if fresh and reason is None:
             self.lay()
-        if fresh and network is not None:
-            network.look_again()  # these forwards are in its modules
+        if network is not None and fresh and (before or self.forwards.laid):
+            network.look_again()  # these forwards are, or were, in its modules
         self._state = State(carriers) if reason is None else None
         self.reason = reason  # last: another thread may ask
         return reason
@@ -85,6 +86,8 @@ class AheadCall(ABC):
     def enter_call(self, pipe: Any) -> None:
         """A call of the pipeline begins; while the text encoders run, there is time to prepare."""
         self.pipe, self._prepared = pipe, False
+        if (network := _graphs_of(self.inner)) is not None:
+            network.look_again()  # whose own scope may be entered later, while another thread takes a step
 
     def leave_call(self) -> None:
         """A call of the pipeline ends, and what was made for it goes."""

@@ -106,7 +106,7 @@ class FusedGroupNorm(FusedForward):
         yield ("split", launch.columns), arguments, {"launch": replace(launch, split=True)}
         if not self.label.startswith("vae."):  # whose groups are too large for one program
             for slots in (*HELD_SLOTS, SINGLE_SLOTS):
-                launch = group_norm_launch(norm.num_channels, slots // width, norm.num_groups)
+                launch = group_norm_launch(norm.num_channels, max(slots // width, 1), norm.num_groups)
                 yield ("single", width, launch.held, launch.block), arguments, {"launch": launch}
 
     def takes_bias_of(self, conv: Any, x: Tensor) -> bool:

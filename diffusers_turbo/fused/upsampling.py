@@ -62,6 +62,8 @@ class FusedUpsample(FusedForward):
             return [f"its weight is a {type(conv.weight).__name__}"]
         if torch.is_autocast_enabled(x.device.type):
             return ["autocast chooses the dtype of the convolution"]
+        if output_size is not None and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return ["a trace would keep that the size is twice the input's"]
         height, width = x.shape[-2:]
         if more or (output_size is not None and tuple(output_size) != (2 * height, 2 * width)):
             return ["it is asked for another size than twice its input's, or given more than that"]

@@ -58,7 +58,7 @@ class GroupNormLaunch:
 
     Attributes:
         split: take the statistics by tiles, see the module.
-        held: a single group's program reads it once; `block` is at least as large as the group.
+        held: a single group's program reads it once, if `block` is as large as the group.
         block, warps: elements that a single group's program holds at once, and its threads over 32.
         rows, columns: positions and channels that a tile's program holds at once.
         tile_rows: positions of a tile; a multiple of `rows` wastes nothing.
@@ -284,7 +284,8 @@ def _(x: Tensor, *options: object) -> Tensor:
 
 def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
     width = norm.channels // norm.num_groups
-    (held_kernel if cut.held else single_kernel)[(norm.batch * norm.num_groups,)](
+    held = cut.held and norm.positions * width <= cut.block
+    (held_kernel if held else single_kernel)[(norm.batch * norm.num_groups,)](
         norm.x,
         norm.output,
         *optional(norm.x, norm.weight, norm.bias, norm.add, norm.before),

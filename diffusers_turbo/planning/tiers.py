@@ -88,11 +88,11 @@ def _fastest(situation: Situation) -> Tier:
     if gain is None:
         return Tier(name="instant", reason="nothing was measured to say when compiling pays here")
     measured = f"{gain.plain_ms} to {gain.instant_ms} ms a picture ({gain.setting}; {gain.source})"
-    if gain.compiled_ms is None:
-        return Tier(name="instant", reason=f"{measured}; nothing was measured to say when compiling pays")
-    if (pays := gain.break_even_images) is None:
+    if gain.compiled_ms is not None and gain.compiled_ms >= gain.instant_ms:
         never = f"compiling pays for no number of pictures ({gain.compiled_ms} ms; {gain.compiled_source})"
         return Tier(name="instant", reason=f"{measured}; {never}")
+    if (pays := gain.break_even_images) is None:
+        return Tier(name="instant", reason=f"{measured}; nothing was measured to say when compiling pays")
     then = f"compiling pays from {pays} pictures on ({gain.compiled_ms} ms; {gain.compiled_source})"
     if images is None or images < pays:
         many = "how many are wanted was not said" if images is None else f"{images} are wanted"

@@ -141,6 +141,45 @@ def test_the_layers_are_looked_for_again_only_after_a_change(switch, monkeypatch
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
+def test_a_call_that_begins_while_another_takes_a_step_misses_no_change(switch):
+    """What two threads may do, in one: between two scopes that a second call enters the first call takes a step."""
+    stock, ahead = twins(switch)
+    mine = ahead.unet._compiled_call_impl
+    other = copy.deepcopy(stock.unet.mid_block)
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            ahead.unet.mid_block = other
+            mine.enter_call(pipe)
+        if step == 1:
+            mine.inner.enter_call(pipe)
+        return tensors
+
+    assert near(stock, ahead, steps=4, callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_can_t_be_computed_ahead_costs_no_second_look(switch, monkeypatch):
+    stock, ahead = twins(switch)
+    looks = []
+    changed = Watch.changed
+    monkeypatch.setattr(Watch, "changed", lambda self: looks.append(self.root) or changed(self))
+
+    def looks_at_the_unet() -> int:
+        looks.clear()
+        near(stock, ahead)
+        return looks.count(ahead.unet)
+
+    usual = looks_at_the_unet()
+    mine = ahead.unet._compiled_call_impl
+    monkeypatch.setattr(type(mine), "why_not", lambda *_: "a reason")
+    mine.forwards.lift()
+    near(stock, ahead)
+    assert looks_at_the_unet() == usual == 1
+    assert "not ahead: a reason" in str(ahead.turbo_report())
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_without_a_look_at_addresses_a_replay_is_out_of_date(switch, monkeypatch):
     """The tests above can fail: the graph does replay on the weights that it saw."""
     stock, ahead = twins(switch)

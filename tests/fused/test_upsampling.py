@@ -226,6 +226,28 @@ def test_a_compiler_sees_one_graph(pair, kernel_calls):
         assert torch.equal(compiled(x), host(x))
 
 
+class LargeAs(nn.Module):
+    """Asks for the size of another tensor, as a UNet does of its skips."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, like):
+        return self.inner(x, like.shape[2:])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_keeps_no_size(pair, kernel_calls):
+    host, ours = pair
+    fuse(ours)
+    doubled, less = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 63, 63)
+    traced = torch.jit.trace(LargeAs(ours), (X, doubled), check_trace=False)
+    for like in (doubled, less):
+        assert torch.equal(traced(X, like), host(X, like.shape[2:]))
+
+
 def test_with_a_gradient(pair, kernel_calls):
     _, ours = pair
     fuse(ours)

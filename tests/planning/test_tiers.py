@@ -133,6 +133,13 @@ def test_fastest_does_not_compile_what_was_measured_to_be_slower():
     assert f"compiling pays for no number of pictures ({gain.compiled_ms} ms; " in " ".join(made.notes)
 
 
+def test_without_first_images_nobody_knows_when_compiling_pays(compiling_pays, monkeypatch):
+    monkeypatch.setitem(TIER_GAINS, "sd15", dataclasses.replace(compiling_pays, compiled_first_s=None))
+    made = plan(facts_of("sd15"), H100, tier="fastest", images=10**6)
+    assert "compile_unet" not in taken(made)
+    assert "nothing was measured to say when compiling pays" in " ".join(made.notes)
+
+
 def test_fastest_does_not_compile_where_nothing_says_that_it_pays():
     made = plan(facts_of("sdxl"), H100, tier="fastest", images=10**6)
     assert TIER_GAINS["sdxl"].break_even_images is None

@@ -130,6 +130,11 @@ def test_by_the_rule_alone(device):
         check("group_norm", x, 1, silu=True)
 
 
+def test_a_launch_that_holds_less_than_a_group_reads_it_twice(device):
+    x = image(1, 24, 9, 9, device=device)
+    check("group_norm", x, 1, launch=replace(HELD, block=256))
+
+
 def test_of_nothing(device):
     assert group_norm(torch.empty(0, 4, 3, 3, device=device), 2).shape == (0, 4, 3, 3)
 
