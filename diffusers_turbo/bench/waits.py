@@ -72,6 +72,8 @@ def watch(call: Callable[[], object], device: torch.device) -> Watched:
             call()
             synchronize(device)
             found.end = time.time_ns() / 1e3
+        # the thread is there a little longer than the call
+        found.samples = [sample for sample in found.samples if found.begin <= sample.at <= found.end]
         start = profiler.profiler.kineto_results.trace_start_ns() / 1e3
         found.spans = [(start + kernel.begin, start + kernel.end) for kernel in kernels_of(profiler)]
     return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from diffusers_turbo.bench import waits
 from diffusers_turbo.bench.trace import trace_waits
 from diffusers_turbo.bench.waits import Sample, Watched, describe_waits, sampled, watch
 from tests.bench.test_trace import make  # noqa: F401
@@ -72,9 +75,20 @@ def test_the_main_thread_is_seen_where_it_is_and_nothing_is_left_behind():
 
 
 def test_a_call_without_kernels_is_one_wait():
-    found = watch(lambda: time.sleep(0.02), torch.device("cpu"))
+    found = watch(lambda: time.sleep(0.1), torch.device("cpu"))
     assert list(found.waits()) == [(found.begin, found.end)]
-    assert found.begin < found.samples[0].at < found.samples[-1].at < found.end
+    assert found.begin <= found.samples[0].at < found.samples[-1].at <= found.end
+
+
+def test_samples_before_and_after_the_call_are_left_out(monkeypatch):
+    @contextmanager
+    def too_long(samples):
+        samples.append(Sample(0.0, (), 0))
+        yield
+        samples.append(Sample(math.inf, (), 0))
+
+    monkeypatch.setattr(waits, "sampled", too_long)
+    assert watch(lambda: None, torch.device("cpu")).samples == []
 
 
 def test_the_waits_of_a_contender_are_written(make, tmp_path):  # noqa: F811
