@@ -45,4 +45,4 @@ def hooked_in(root: nn.Module) -> bool:
     >>> hooked_in(nn.Sequential(nn.SiLU()))
     False
     """
-    return any(_ACCELERATES in state or _DIFFUSERS in state for state in map(vars, modules_in(root)))
+    return any(map(is_hooked, modules_in(root)))

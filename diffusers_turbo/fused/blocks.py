@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import HOOKS, FusedConv, FusedForward, FusedGroupNorm, FusedLayerNorm, stand_in, unwatched, without_bias
+from .layers import (
+    FusedConv,
+    FusedForward,
+    FusedGroupNorm,
+    FusedLayerNorm,
+    is_offloaded,
+    stand_in,
+    unwatched,
+    without_bias,
+)
 
 
 @dataclass(eq=False)
@@ -144,7 +153,7 @@ class FusedTransformerBlock(FusedBlock):
 def _is_here(block: Any, device: torch.device) -> bool:
     """Whether a block's first norm may be called before the block: nobody looks on, or has its weights to bring."""
     norm = block.norm1
-    if not unwatched(norm) or any(name in vars(module) for module in (block, norm) for name in HOOKS):
+    if not unwatched(norm) or is_offloaded(block) or is_offloaded(norm):
         return False
     return all(weight is None or weight.device == device for weight in (norm.weight, norm.bias))
 

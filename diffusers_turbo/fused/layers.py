@@ -246,7 +246,7 @@ class FusedLinearGEGLU(FusedForward):
         proj = self.module.proj
         if type(proj) is not nn.Linear or "forward" in vars(proj) or not unwatched(proj):
             return [f"its projection is not a plain nn.Linear ({type(proj).__name__})"]
-        if any(type(weight) not in (nn.Parameter, Tensor) for weight in (proj.weight, proj.bias) if weight is not None):
+        if not has_plain_weights(proj):
             return [f"its weight is a {type(proj.weight).__name__}"]
         if torch.is_autocast_enabled(x.device.type):
             return ["autocast chooses the dtype of the projection"]
@@ -301,7 +301,17 @@ def stand_in(module: nn.Module) -> Any:
     own = vars(module)
     ours = own.get(STAND_IN)
     # hooks call the forward they found, and not every version of them tells which that is
-    return ours if own.get("forward") is ours or any(name in own for name in HOOKS) else None
+    return ours if own.get("forward") is ours or is_offloaded(module) else None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether one of `HOOKS` hangs on a module itself."""
+    return any(name in vars(module) for name in HOOKS)
+
+
+def has_plain_weights(layer: Any) -> bool:
+    """Whether weight and bias are tensors that a kernel can read: a quantised one needs its layer."""
+    return all(x is None or type(x) in (nn.Parameter, Tensor) for x in (layer.weight, layer.bias))
 
 
 def channels_last(x: Tensor) -> bool:

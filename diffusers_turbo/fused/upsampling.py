@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.registry import KERNELS
 from ..kernels.upsample_conv import upsample_conv_launch
-from .layers import HOOKS, FusedForward, Variant, channels_last, unwatched
+from .layers import FusedForward, Variant, channels_last, has_plain_weights, is_offloaded, unwatched
 
 LEAST_POSITIONS = 1024
 """Positions of a small picture that is worth it, 32 x 32. Folding the weights moves 50 bytes for each pair of channels
@@ -58,7 +58,7 @@ class FusedUpsample(FusedForward):
             return [f"it became a {type(self.module).__name__}"]
         if not _is_plain(conv):
             return [f"its convolution is not a plain 3x3 nn.Conv2d ({type(conv).__name__})"]
-        if any(type(weight) not in (nn.Parameter, Tensor) for weight in (conv.weight, conv.bias) if weight is not None):
+        if not has_plain_weights(conv):
             return [f"its weight is a {type(conv.weight).__name__}"]
         if torch.is_autocast_enabled(x.device.type):
             return ["autocast chooses the dtype of the convolution"]
@@ -92,7 +92,7 @@ def _few(channels: int) -> int:
 
 def _is_plain(conv: Any) -> bool:
     """Whether a convolution is the 3x3 one that keeps a picture's size, and nobody has wrapped it or looks on."""
-    if type(conv) is not nn.Conv2d or not unwatched(conv) or any(name in vars(conv) for name in ("forward", *HOOKS)):
+    if type(conv) is not nn.Conv2d or not unwatched(conv) or "forward" in vars(conv) or is_offloaded(conv):
         return False
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")

@@ -190,6 +190,11 @@ def vector_reasons(
     return reasons
 
 
+def channels_innermost(x: Tensor) -> bool:
+    """Whether `[B, C, ..]` lies in memory as torch.channels_last has it, whatever its rank."""
+    return x.movedim(1, -1).is_contiguous()
+
+
 def grad_reasons(limits: KernelLimits, *tensors: Tensor | None) -> list[str]:
     """Why a kernel refuses tensors that a gradient is recorded for; empty under `torch.no_grad()`."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):

@@ -15,6 +15,7 @@ from torch import Tensor
 from .base import (
     Kernel,
     KernelLimits,
+    channels_innermost,
     device_reasons,
     grad_reasons,
     launch_from,
@@ -92,7 +93,7 @@ def bias_residual_misfits(
     if x.ndim < 2:
         return [*reasons, f"bias_residual takes [B, C, ..], the shape is {list(x.shape)}"]
     for name, tensor in (("x", x), ("residual", residual)):
-        if tensor.ndim != x.ndim or not tensor.movedim(1, -1).is_contiguous():
+        if tensor.ndim != x.ndim or not channels_innermost(tensor):
             reasons.append(f"the channels of {name} are not innermost in memory")
     if residual.shape != x.shape:
         reasons.append(f"x is {list(x.shape)} and residual {list(residual.shape)}")

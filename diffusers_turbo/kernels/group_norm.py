@@ -17,7 +17,7 @@ reading of memory where two passes need two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from .base import (
     Kernel,
     KernelLimits,
+    channels_innermost,
     device_reasons,
     grad_reasons,
     launch_from,
@@ -95,8 +96,10 @@ def group_norm_launch(channels: int, positions: int, num_groups: int) -> GroupNo
     slots = positions * channels // max(num_groups, 1)
     for block in HELD_SLOTS:
         if slots <= block:
-            one = GroupNormLaunch(split=False, held=True, block=block, warps=block // 1024)
-            return replace(one, columns=columns, tile_rows=tile_rows)
+            warps = block // 1024
+            return GroupNormLaunch(
+                split=False, held=True, block=block, warps=warps, columns=columns, tile_rows=tile_rows
+            )
     return GroupNormLaunch(split=slots > SINGLE_SLOTS, columns=columns, tile_rows=tile_rows)
 
 
@@ -197,7 +200,7 @@ def group_norm_misfits(
     if x.ndim < 2:
         return [*reasons, f"group_norm takes [B, C, ..], the shape is {list(x.shape)}"]
     batch, channels = x.shape[:2]
-    if not x.movedim(1, -1).is_contiguous():
+    if not channels_innermost(x):
         reasons.append("channels are not innermost in memory: x.to(memory_format=torch.channels_last) would copy")
     if num_groups < 1 or channels % num_groups:
         reasons.append(f"{channels} channels do not divide into {num_groups} groups")

@@ -60,7 +60,8 @@ def held_kernel(
     present = index < slots
     column = index % GROUP
     channel = group * GROUP + column
-    # int64 here too: a narrow group of very many channels can reach past 2^31 within one sample.
+    # int64 here too: a narrow group of very many channels can reach past 2^31 within one sample. With `channel`
+    # in place of its two parts registers spill.
     offset = (
         row_start(batch, 0, positions, channels) + group * GROUP + (index // GROUP).to(tl.int64) * channels + column
     )

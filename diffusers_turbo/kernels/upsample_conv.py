@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .base import (
     Kernel,
     KernelLimits,
+    channels_innermost,
     device_reasons,
     grad_reasons,
     launch_from,
@@ -144,11 +145,7 @@ KERNEL = Kernel(
 
 def _layout_reasons(**tensors: Tensor) -> list[str]:
     named = tensors.items()
-    return [f"the channels of {name} are not innermost in memory" for name, x in named if not _channels_innermost(x)]
-
-
-def _channels_innermost(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
+    return [f"the channels of {name} are not innermost in memory" for name, x in named if not channels_innermost(x)]
 
 
 @torch.library.custom_op(
