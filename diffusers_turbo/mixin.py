@@ -318,7 +318,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
 
     def enable_partial_offload(
         self,
-        resident_bytes: int | str = 0,
+        resident_bytes: int | str | None = 0,
         pin_memory: bool = True,
         pinned_bytes: int | str | None = None,
         denoiser_leaves: bool = False,
@@ -328,10 +328,12 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
 
         Of the denoiser (and ControlNets) `resident_bytes` stay; what is streamed passes through a window of two groups
         of layers, each as large as the largest layer, which comes on top. The first step learns the order of the
-        layers, one at a time. All other components come to work and leave, one at a time.
+        layers, one at a time. All other components come to work and leave, one at a time. A denoiser that stays whole
+        may be under `enable_cuda_graphs()`: where it leaves between calls, each call of the pipeline records it anew.
 
         Args:
-            resident_bytes: weights that stay for the whole denoising loop: bytes, or text such as "3GB".
+            resident_bytes: weights that stay for the whole denoising loop: bytes, or text such as "3GB"; None or "all"
+                for all of it.
             pin_memory: keep streamed weights page-locked, which copies to a GPU beside computation need.
             pinned_bytes: bound on that memory, by default half of what the host has free; what does not fit is streamed
                 from ordinary memory, which is slower.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 HOOKS = ("_hf_hook", "_diffusers_hook")
@@ -37,6 +38,29 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether one of these hooks hangs on a module itself."""
     state = vars(module)  # no loop: this is asked of thousands of modules
     return _ACCELERATES in state or _DIFFUSERS in state
+
+
+def bring_of(module: nn.Module) -> Callable[[], None] | None:
+    """Return what brings a module's weights ahead of its call; None where none hangs on it that brings all of them.
+
+    Whoever reads the weights before the module's own forward calls it first.
+    """
+    hook = vars(module).get(_ACCELERATES)
+    return hook.bring if getattr(hook, "brings_all", False) else None  # type: ignore[union-attr]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's, if need be under a hook that brings all of its weights."""
+    if bring_of(module) is None:
+        return "forward" not in vars(module)
+    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module works: where its weights are, or where they are brought."""
+    if bring_of(module) is not None:
+        return torch.device(vars(module)[_ACCELERATES].execution_device)
+    return next(module.parameters()).device
 
 
 def hooked_in(root: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs.call import GraphedCall
+from ..modules import bring_of
 from .calls import ScopedCallOver
 from .stripes import Forwards, State
 
@@ -64,7 +65,7 @@ class AheadCall(ABC):
 
     def prepare(self) -> str | None:
         """Lay the forwards on the modules that stand in the network now; return why not, if that is so."""
-        network = _graphs_of(self.inner)
+        network = graphs_of(self.inner)
         seen = None if network is None else network.look()
         if seen is None or seen is not self._seen:
             self.layers, self._seen = self.find(), seen
@@ -86,7 +87,7 @@ class AheadCall(ABC):
     def enter_call(self, pipe: Any) -> None:
         """A call of the pipeline begins; while the text encoders run, there is time to prepare."""
         self.pipe, self._prepared = pipe, False
-        if (network := _graphs_of(self.inner)) is not None:
+        if (network := graphs_of(self.inner)) is not None:
             network.look_again()  # whose own scope may be entered later, while another thread takes a step
 
     def leave_call(self) -> None:
@@ -96,6 +97,8 @@ class AheadCall(ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network."""
         self.calls += 1
+        if (bring := bring_of(self.root)) is not None:
+            bring()  # what is computed ahead reads weights, too
         if self.pipe is not None and not torch.is_grad_enabled() and self._can():
             args, kwargs = self.replaced(args, kwargs)
         return self.inner(*args, **kwargs)
@@ -124,7 +127,7 @@ class AheadCall(ABC):
 
     def _computed(self, *inputs: Tensor, **how: Any) -> Tensor:
         """Compute; under graphs as a graph of its own, which looks at what it baked in whenever it is asked."""
-        network = _graphs_of(self.inner)
+        network = graphs_of(self.inner)
         if network is None:
             return self.compute(*inputs, **how)
         graphs = self.graphs  # another thread may release them
@@ -147,7 +150,7 @@ class AheadCall(ABC):
         return f"{told}; not ahead: {self.reason}" if self.reason else told
 
 
-def _graphs_of(call: Any) -> GraphedCall | None:
+def graphs_of(call: Any) -> GraphedCall | None:
     """Return the graphs among a network's call and those it stands over."""
     while call is not None and not isinstance(call, GraphedCall):
         call = getattr(call, "inner", None)

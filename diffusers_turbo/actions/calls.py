@@ -18,6 +18,15 @@ COMPILED = "_compiled_call_impl"
 """Where `nn.Module` keeps a call that stands in for its own."""
 
 
+def release_recorded(module: nn.Module) -> None:
+    """Give back the memory of what the calls over a module have recorded, whose weights are about to leave."""
+    call = vars(module).get(COMPILED)
+    while call is not None:
+        if (release := getattr(call, "release", None)) is not None:
+            release()
+        call = getattr(call, "inner", None)
+
+
 class OuterCall(Protocol):
     """What stands over a call: it knows what it stands over."""
 

@@ -16,6 +16,7 @@ from ..errors import NotSupportedError, explain_failure
 from ..graphs.call import GraphedCall
 from ..graphs.capture import CAPTURES
 from ..graphs.watch import why_not_capturable
+from ..modules import bring_of, device_of
 from ..planning.options import CUDAGraphs
 from .calls import ScopedCallOver
 from .components import denoiser_of, modules_of, networks_in, require_plain_weights
@@ -44,7 +45,7 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
     tried = f"{options.action}()"
     name, denoiser = denoiser_of(pipe, tried)
     require_plain_weights(pipe, tried)
-    device = next(denoiser.parameters()).device
+    device = device_of(denoiser)
     if device.type not in CAPTURES:
         found = f"the {name} on {device.type}"
         raise NotSupportedError(explain_failure(tried, found, "a CUDA device", "move the pipeline, or leave this off"))
@@ -62,7 +63,7 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
 
 
 def _targets(pipe: Any) -> list[nn.Module]:
-    """Return the modules that a pipeline calls as a whole, each with weights on one device.
+    """Return the modules that a pipeline calls as a whole, each with weights on one device, or brought there.
 
     A VAE is entered through `decode` and `encode`, which call its halves.
     """
@@ -80,5 +81,7 @@ def _targets(pipe: Any) -> list[nn.Module]:
 
 
 def _on_one_device(module: nn.Module) -> bool:
+    if bring_of(module) is not None:
+        return True
     devices = {parameter.device for parameter in module.parameters()}
     return len(devices) == 1 and next(iter(devices)).type in CAPTURES

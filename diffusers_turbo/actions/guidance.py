@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.signature import MODE
+from ..modules import has_own_forward
 from ..planning.options import DOUBLING_PIPELINES, SharedGuidance
 from .calls import ScopedCallOver
 from .components import denoiser_of, require_plain_weights
@@ -151,6 +152,6 @@ def why_not_shared(pipe: Any, unet: nn.Module) -> str | None:
     for name in ("addition_embed_type", "class_embed_type"):
         if getattr(config, name, None) is not None:
             return f"the UNet adds to its time embedding what may differ between the halves ({name})"
-    if "forward" in vars(unet):
+    if not has_own_forward(unet):
         return "the UNet's forward was replaced (a trace, an export)"
     return None

@@ -45,11 +45,20 @@ class ComponentHook(Hook):
 
     component: str = ""
 
+    @property
+    def brings_all(self) -> bool:
+        """Whether it brings all of a component that is called at every step, ahead of the call too (`bring_of`)."""
+        return self.component in self.residency.looped and self.residency.keeps_all
+
+    def bring(self) -> None:
+        """Bring the component; there already, nothing happens."""
+        self.residency.arrive(self.component)
+
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Bring the component, and its arguments."""
         from accelerate.utils import send_to_device
 
-        self.residency.arrive(self.component)
+        self.bring()
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:

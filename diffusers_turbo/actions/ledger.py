@@ -153,7 +153,8 @@ class Ledger:
         before = self.slots.get(slot, [])
         old, new = (before[-1] if before else None), (wanted[-1] if wanted else None)
         if old is not new:
-            wrappers = [lever for name in WRAPPED_BY.get(slot, ()) if (lever := self.top(name)) is not None]
+            around = [lever for name in WRAPPED_BY.get(slot, ()) if (lever := self.top(name)) is not None]
+            wrappers = [lever for lever in around if _wraps(lever, slot)]
             try:
                 with self._bared():
                     self._take_off(old, *wrappers)
@@ -232,6 +233,11 @@ class Ledger:
             for change in lever.journal.changes if lever.journal else ():
                 if hasattr(change, "after_copy"):
                     change.after_copy()
+
+
+def _wraps(lever: Lever, slot: str) -> bool:
+    """Whether a lever of a wrapping slot lies over what this one changes; whole components have no hooks on layers."""
+    return not (slot in _OVER_A_CALL and getattr(lever.options, "keeps_all", False))
 
 
 def _depth(slot: str) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..facts.pipeline import upcasts_vae
+from ..modules import is_hooked
 from ..planning.options import GroupOffload, ModelOffload, SequentialOffload
 from .components import modules_of, require_plain_weights
 from .host import host_method
@@ -96,12 +97,13 @@ class Placement:
 
         roots = modules_of(self.pipe)
         recorded = {id(owner): owner for owner, _, _ in self.hooks}
+        touched = {key for key, owner in recorded.items() if _was_hooked(owner)}
         # Modules that came meanwhile (LoRA layers) carry hooks too.
         for module in {**recorded, **{id(m): m for root in roots.values() for m in root.modules()}}.values():
             _remove_group_hooks(module)
             remove_hook_from_module(module)
         for owner, name, before in self.hooks:
-            if not _holds_foreign_hook(owner):
+            if id(owner) in touched and not _holds_foreign_hook(owner):
                 # a forward that was taken back while a hook lay over it is nobody's any more
                 put(owner, name, ABSENT if getattr(before, "lifted", False) else before)
         host = torch.device("cpu") if self.stays else None
@@ -289,6 +291,13 @@ def _group_hooks(module: nn.Module) -> list[str]:
 def _remove_group_hooks(module: nn.Module) -> None:
     for name in reversed(_group_hooks(module)):
         vars(module)["_diffusers_hook"].remove_hook(name, recurse=False)
+
+
+def _was_hooked(module: nn.Module) -> bool:
+    """Whether a module carries hooks, or what is left of them: its own forward, bound. Others' forwards stay."""
+    state = vars(module)
+    left = getattr(state.get("forward"), "__self__", None) is module
+    return is_hooked(module) or "_old_forward" in state or left
 
 
 def _holds_foreign_hook(module: nn.Module) -> bool:

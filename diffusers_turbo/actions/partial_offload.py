@@ -20,6 +20,7 @@ from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
 from ..planning.residents import WINDOW, aligned, choose_streamed, join_neighbours
 from ..planning.units import gib
+from .calls import release_recorded
 from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
@@ -184,6 +185,11 @@ class PartialResidency:
 
     # what is known of the layers
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the denoiser comes whole and stays as long as it works."""
+        return self.groups is not None and not self.streamed
+
     def _begin_to_learn(self) -> None:
         self._unhook(keep=(*self.looped.values(), *self.others.values()))
         self._close_window()
@@ -192,9 +198,14 @@ class PartialResidency:
         self._group_of.clear()
         self._forget()
         self.units, self.fixed = units_of(self.looped)
+        self._known = self._signature()
+        if sum(unit.size for unit in self.units) <= self._room():  # in whatever order
+            self.groups = [Group(tuple(self.units))]
+            self._learnt += self.looped
+            self._pin()
+            return
         for unit in self.units:
             self._hook(unit.module, UnitHook(self, self.device, unit=unit))
-        self._known = self._signature()
 
     def _forget(self) -> None:
         self._send_alone()
@@ -221,8 +232,7 @@ class PartialResidency:
             Group(tuple(visited[index] for index in indices))
             for indices in join_neighbours([unit.size for unit in visited])
         ]
-        room = max(0, int(self.options.resident_bytes) - self._fixed_bytes())
-        chosen = choose_streamed([group.size for group in self.groups], room)
+        chosen = choose_streamed([group.size for group in self.groups], self._room())
         self.streamed = [self.groups[index] for index in sorted(chosen)]
         self._group_of = {unit: group for group in self.streamed for unit in group.units}
         passed = [group for unit in self._visits if (group := self._group_of.get(unit)) is not None]
@@ -240,6 +250,11 @@ class PartialResidency:
         self._unhook(keep=tuple(module for module in everything if id(module) not in gone))
         self._pin()
         self._here = False  # what stays comes before the next forward
+
+    def _room(self) -> int:
+        """Bytes of layers that may stay."""
+        fixed = self._fixed_bytes()
+        return max(0, self.options.stays(fixed + sum(unit.size for unit in self.units)) - fixed)
 
     def _fixed_bytes(self) -> int:
         return sum(aligned(extent(tensor)) for tensor in self.fixed)
@@ -269,6 +284,8 @@ class PartialResidency:
             self._working = None
 
     def _send_denoiser(self) -> None:
+        for module in self.looped.values():
+            release_recorded(module)
         self._staying.end()
         self._here = False
 
@@ -320,6 +337,8 @@ def apply(pipe: Any, options: PartialOffload) -> Journal:
         journal.add(residency)
         journal.scopes.append(residency)
         residency.start()
-        journal.note(f"up to {gib(int(options.resident_bytes))} of {', '.join(looped)} stay on {device} between steps")
-        journal.note(f"the rest is streamed; {', '.join(others) or 'nothing else'} come to work and leave")
+        share = "all" if options.resident_bytes is None else f"up to {gib(int(options.resident_bytes))}"
+        rest = "" if options.keeps_all else "the rest is streamed; "
+        journal.note(f"{share} of {', '.join(looped)} stay on {device} between steps")
+        journal.note(f"{rest}{', '.join(others) or 'nothing else'} come to work and leave")
     return journal

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attention import attention_modules, layer_kind, why_kept
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.watch import why_not_capturable
+from ..modules import has_own_forward
 from ..planning.options import PromptProjections
 from .ahead import AheadCall, ComputesAhead
 from .components import require_plain_weights, unet_and_controlnets
@@ -81,7 +82,7 @@ class PromptCall(AheadCall):
         name, config = type(self.root).__name__, getattr(self.root, "config", None)
         if name not in NETWORKS:
             return f"what a {name} does with its prompt is not known"
-        if "forward" in vars(self.root):
+        if not has_own_forward(self.root):
             return f"the forward of {name} was replaced (a trace, an export), which was made for the prompt itself"
         if getattr(self.root, "encoder_hid_proj", None) is not None:
             return f"{name} sends its prompt through encoder_hid_proj first (an IP-Adapter, say)"

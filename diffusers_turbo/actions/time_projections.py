@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..graphs.watch import why_not_capturable
-from ..modules import modules_in
+from ..modules import has_own_forward, modules_in
 from ..planning.options import TimeProjections
 from ..schedulers.host_index import view_index
 from .ahead import AheadCall, ComputesAhead
@@ -121,7 +121,7 @@ class TimeCall(AheadCall):
         name, config = type(self.root).__name__, getattr(self.root, "config", None)
         if name != "UNet2DConditionModel":
             return f"how a {name} embeds its time is not known"
-        if "forward" in vars(self.root):
+        if not has_own_forward(self.root):
             return f"the forward of {name} was replaced (a trace, an export), which was made for the timestep itself"
         for option, known in (
             *(("class_embed_type", (None,)), ("num_class_embeds", (None,)), ("time_embedding_act_fn", (None,))),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
+from ..modules import bring_of, device_of
 from .capture import CAPTURES, Capture
 from .inputs import StaticInputs
 from .signature import MODE, Signature, flatten, signature_of, unflatten
@@ -58,7 +59,7 @@ class GraphedCall:
             max_graphs: how many captures to keep; the least recently used goes first.
         """
         self.module, self.inner, self.max_graphs = module, inner, max_graphs
-        self.device = next(module.parameters()).device
+        self.device = device_of(module)
         self.graphs: OrderedDict[Signature, Graph] = OrderedDict()
         self.captured = self.replayed = self.eager = 0
         self.reason: str | None = None
@@ -97,6 +98,8 @@ class GraphedCall:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_capturing(self.device):
             return self.inner(*args, **kwargs)
         with self._lock:
+            if (bring := bring_of(self.module)) is not None:
+                bring()
             return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,8 +138,12 @@ class GraphedCall:
             self._watch, self.reason = Watch(self.module), why_not_capturable(self.module)
         elif not (self._checked and self._calls_inside) and self._watch.changed():
             self.reason = why_not_capturable(self.module)
-            self.device = next(self.module.parameters()).device
-            self.clear()
+            self.device = device_of(self.module)
+            # moved weights have the kernels chosen already; unless they move at every other call, it is worth recording
+            if self._watch.moved and self.replayed > 2 * self.captured:
+                self.release()
+            else:
+                self.clear()
         self._checked = True
         return self._watch
 
@@ -167,12 +174,17 @@ class GraphedCall:
         self.captured += 1
         return graph
 
-    def clear(self) -> None:
-        """Release every graph and forget what was seen."""
+    def release(self) -> None:
+        """Give the memory of every graph back; what was seen is recorded at its next sight."""
         with self._lock:
             for graph in self.graphs.values():
                 graph.release()
             self.graphs.clear()
+
+    def clear(self) -> None:
+        """Release every graph and forget what was seen."""
+        with self._lock:
+            self.release()
             self._seen.clear()
             self._refused.clear()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..modules import is_hooked, modules_in
+from ..modules import bring_of, is_hooked, modules_in
 
 NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
 """Attributes of modules that change what they compute: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
@@ -29,7 +29,8 @@ _ID = object.__hash__
 class Watch:
     """A module tree as a graph saw it; objects are named by weak references, or by the ids of what is there still.
 
-    `seen` is what there was to see; another object after each change.
+    `seen` is what there was to see; another object after each change. `moved` says that the last one was of addresses
+    only.
     `changed` looks at all of it once a call of the pipeline: 1 to 2 ms for SD1.5's UNet, 4 to 7 for
     SDXL's, on one slow core.
     `numbers` reads what a callback may change between two steps: 33 and 144 microseconds there.
@@ -38,6 +39,7 @@ class Watch:
     def __init__(self, root: nn.Module) -> None:
         """Take the tree down."""
         self.root = root
+        self.moved = False
         self._take()
 
     def changed(self) -> bool:
@@ -48,7 +50,8 @@ class Watch:
             return False
         before = self.seen
         self._take()
-        return now is None or now.what != before.what
+        self.moved = now is not None and now.what == before.what and now.addresses != before.addresses
+        return now is None or now.what != before.what or self.moved
 
     def _take(self) -> None:
         modules = modules_in(self.root)
@@ -90,6 +93,7 @@ class _Seen(NamedTuple):
 
     attributes: list[int]
     what: tuple[list[Any], ...]
+    addresses: list[int]
 
 
 def _look(modules: list[Any]) -> _Seen:
@@ -107,13 +111,12 @@ def _look(modules: list[Any]) -> _Seen:
         ],
         [state["training"] for state in states],
         [_named(state["forward"]) for state in states if "forward" in state],
-        # an address that was freed comes back, and then under another shape
-        list(map(Tensor.data_ptr, tensors)),
         list(map(Tensor.stride, tensors)),
         list(map(_SHAPE, tensors)),
         list(map(_DTYPE, tensors)),
     )
-    return _Seen(list(map(len, states)), what)
+    # an address that was freed comes back, and then under another shape
+    return _Seen(list(map(len, states)), what, list(map(Tensor.data_ptr, tensors)))
 
 
 def _hooks_of(state: Mapping[str, Any]) -> tuple[int, ...]:
@@ -161,7 +164,7 @@ def _name_of(module: nn.Module, roots: Sequence[nn.Module]) -> str:
 
 
 def _why_not_capturable(module: nn.Module) -> str | None:
-    if is_hooked(module):
+    if is_hooked(module) and bring_of(module) is None:
         return "carries offload hooks, which move weights in the middle of a call"
     state = vars(module)
     if (state["_forward_hooks"] or state["_forward_pre_hooks"]) and _hooks_of(state):

@@ -62,6 +62,11 @@ _COMPILES = (CompileUNet, CompileTransformer, CompileVAE)
 _STREAMING = (PartialOffload, GroupOffload, SequentialOffload)
 
 
+def _moves_in_between(first: Options, second: Options) -> bool:
+    """Whether an offload moves weights of the denoiser from step to step, or has hooks on its layers."""
+    return not (isinstance(second, PartialOffload) and second.keeps_all)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conflict:
     """Two kinds of switches that can't be on together, when `applies` says so of the two (first, second)."""
@@ -120,6 +125,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(CUDAGraphs,),
         second=(ModelOffload, *_STREAMING),
         reason="offload moves weights in the middle of a call, and a graph holds their addresses",
+        applies=_moves_in_between,
     ),
     Conflict(
         first=(CUDAGraphs,),
@@ -136,6 +142,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(TimeProjections, PromptProjections, SharedGuidance),
         second=(ModelOffload, *_STREAMING),
         reason="offload brings the weights when the UNet is called, and hooks take the forwards that this replaces",
+        applies=_moves_in_between,
     ),
     Conflict(
         first=(TimeProjections, PromptProjections, SharedGuidance),

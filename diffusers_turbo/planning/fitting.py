@@ -51,6 +51,11 @@ class Rung:
         sizes = [option.tile_size for option in self.options if isinstance(option, VAETiling)]
         return max((TILE_SIZES[-1] / size for size in sizes if size), default=0.0)
 
+    @property
+    def streams(self) -> bool:
+        """Whether part of the denoiser may stay while the rest is streamed."""
+        return any(isinstance(option, PartialOffload) and not option.keeps_all for option in self.options)
+
     def keeping(self, resident_bytes: int, *, denoiser_leaves: bool) -> Rung:
         """The rung with this much of the denoiser staying under partial offload."""
         return replace(
@@ -76,11 +81,20 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimated:
-    """A rung with what it is estimated to need, margin included, and what its switches add to a call's time at most."""
+    """A rung with what it is estimated to need, margin included, and what it adds to a call's time at most.
+
+    `added_seconds` holds `missed_seconds`, those of the instant tier where the rung does without it.
+    """
 
     rung: Rung
     needed_bytes: int
     added_seconds: float = 0.0
+    missed_seconds: float = 0.0
+
+    @property
+    def moving_seconds(self) -> float:
+        """What moving weights adds."""
+        return self.added_seconds - self.missed_seconds
 
     @property
     def exact(self) -> bool:
@@ -107,8 +121,11 @@ def cheapest(tried: Sequence[Estimated], usable_bytes: int | None) -> Estimated:
     )
 
 
-def make_ladder(situation: Situation, *, attention_holds_scores: bool) -> list[Rung]:
-    """Return the rungs for this pipeline, device and request, the least intrusive first."""
+def make_ladder(situation: Situation, *, attention_holds_scores: bool, has_tier: bool) -> list[Rung]:
+    """Return the rungs for this pipeline, device and request, the least intrusive first.
+
+    A denoiser that is there whole while it works can be of the instant tier, where the plan `has_tier`.
+    """
     slicing = _slicing_options(situation)
     scores = (_SLICE_ATTENTION,) if attention_holds_scores and _can_slice_attention(situation) else ()
     offloads = _offload_options(situation)
@@ -117,12 +134,19 @@ def make_ladder(situation: Situation, *, attention_holds_scores: bool) -> list[R
         if extra:
             exact.append(exact[-1] + extra)
     thrifty = exact[-1]
-    exact.extend((*thrifty, offload) for offload in offloads)
     ladder = [Rung(lean=False), *(Rung(options=options) for options in exact)]
+    whole = [(*thrifty, option) for option in _wholes(situation)] if offloads else []
+    ladder += [
+        Rung(options=options, lean=lean) for options in whole for lean in ([False, True] if has_tier else [True])
+    ]
+    ladder += [Rung(options=(*thrifty, offload)) for offload in offloads]
     if not situation.request.exact:
         for tile_size in _tile_sizes(situation):
             tiled = (*thrifty, VAETiling(tile_size=tile_size))
             ladder.append(Rung(options=tiled))
+            ladder += [
+                Rung(options=(*tiled, option), lean=not has_tier) for option in (_wholes(situation) if offloads else ())
+            ]
             ladder.extend(Rung(options=(*tiled, offload)) for offload in offloads)
     return ladder
 
@@ -142,6 +166,12 @@ def _tile_sizes(situation: Situation) -> tuple[int, ...]:
     if vae is None or not vae.can_tile or vae.tiling:
         return ()
     return tuple(size for size in TILE_SIZES if size < max(situation.height, situation.width))
+
+
+def _wholes(situation: Situation) -> tuple[Options, ...]:
+    """The denoiser there whole, for good or until the VAE comes, everything else by turns."""
+    device = _offload_device(situation)
+    return tuple(PartialOffload(resident_bytes=None, denoiser_leaves=leaves, device=device) for leaves in (False, True))
 
 
 def _offload_options(situation: Situation) -> tuple[Options, ...]:
@@ -261,10 +291,16 @@ def _why_taken(
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
     seconds = (
-        f"up to {chosen.added_seconds:.1f} s to a call of {situation.request.steps} steps at the bus rates of an H100"
+        f"up to {chosen.moving_seconds:.1f} s to a call of {situation.request.steps} steps at the bus rates of an H100"
     )
     if isinstance(option, PartialOffload):
         meanwhile = "leave while other components work" if option.denoiser_leaves else "stay between pictures too"
+        if option.resident_bytes is None:
+            whole = "leaves while other components work" if option.denoiser_leaves else "stays between pictures too"
+            return (
+                f"The pipeline {numbers}. The denoiser is there whole while it works and {whole}; text encoders and "
+                f"VAE come and go, which adds {seconds}."
+            )
         return (
             f"The pipeline {numbers}. {gib(int(option.resident_bytes))} of the denoiser fill the room there is and "
             f"{meanwhile}; the rest is copied at every step, which adds {seconds}, less what computing hides."

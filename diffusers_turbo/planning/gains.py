@@ -63,6 +63,7 @@ class TierGain:
 
     plain_ms: int
     instant_ms: int
+    steps: int
     setting: str
     source: str
     instant_first_s: float | None = None
@@ -74,7 +75,7 @@ class TierGain:
     def break_even_images(self) -> int | None:
         """From how many pictures on the compiled tier is the sooner done, None when never or not known.
 
-        >>> gain = TierGain(plain_ms=1800, instant_ms=340, compiled_ms=330, setting="", source="",
+        >>> gain = TierGain(plain_ms=1800, instant_ms=340, compiled_ms=330, steps=50, setting="", source="",
         ...                 instant_first_s=1, compiled_first_s=60)
         >>> gain.break_even_images
         5901
@@ -89,6 +90,7 @@ TIER_GAINS: dict[str, TierGain] = {
     "sd15": TierGain(
         plain_ms=1683,
         instant_ms=302,
+        steps=50,
         setting="SD1.5, 512x512, 50 steps, H100",
         source="docs/benchmarks/instant-h100/sd15/results.json",
         instant_first_s=1.18,
@@ -99,6 +101,7 @@ TIER_GAINS: dict[str, TierGain] = {
     "sdxl": TierGain(
         plain_ms=2761,
         instant_ms=907,
+        steps=30,
         setting="SDXL, 1024x1024, 30 steps, VAE in float16, H100",
         source="docs/benchmarks/instant-h100/sdxl-fp16-vae/results.json",
     ),
@@ -181,6 +184,9 @@ OFFLOAD_STEPS = 3
 OFFLOAD_DENOISER_BYTES = 859_520_964 * 2
 OFFLOAD_BYTES = OFFLOAD_DENOISER_BYTES + 83_653_863 * 2
 """What was offloaded there: UNet and VAE in float16, without a text encoder."""
+
+COPY_RATES: dict[str, float] = {"page-locked": 48.6e9, "ordinary": 5.8e9}
+"""Bytes a second from host memory of each kind to the device. Source: docs/decisions/partial-residency.md."""
 
 SDXL_OFFLOAD_SECONDS = {"none": 0.69, "enable_model_cpu_offload": 2.7, "enable_sequential_cpu_offload": 6.5}
 """SDXL 1024x1024, 3 steps and tiled decode, without text encoders: what predicted times are held against. As above."""

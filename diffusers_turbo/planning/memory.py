@@ -160,12 +160,21 @@ def estimate_memory(
         _denoise(pipeline_facts, switches, height, width, batch_size),
         _decode(pipeline_facts, switches, height, width, batch_size),
     )
-    return MemoryEstimate(stages=_with_graphs(stages) if CUDAGraphs in switches else stages)
+    return MemoryEstimate(stages=_with_graphs(stages, switches) if CUDAGraphs in switches else stages)
 
 
-def _with_graphs(stages: tuple[StageMemory, ...]) -> tuple[StageMemory, ...]:
-    """Let each stage hold what the others were recorded in: a graph's memory stays its own between calls."""
-    held = [stage.activation_bytes + stage.workspace_bytes - FIXED_BYTES for stage in stages]
+def _with_graphs(stages: tuple[StageMemory, ...], switches: Switches) -> tuple[StageMemory, ...]:
+    """Let each stage hold what the others were recorded in: a graph's memory stays its own between calls.
+
+    Beside partial offload there are graphs of the denoiser only, and they leave when it does.
+    """
+    offload = switches.get(PartialOffload)
+    held = [
+        stage.activation_bytes + stage.workspace_bytes - FIXED_BYTES
+        if offload is None or (stage.stage == "denoise" and not getattr(offload, "denoiser_leaves", False))
+        else 0
+        for stage in stages
+    ]
     return tuple(
         replace(stage, activation_bytes=stage.activation_bytes + sum(held) - own)
         for stage, own in zip(stages, held, strict=True)
@@ -321,7 +330,7 @@ def _weights(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...]) -
 def _partly(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...], offload: PartialOffload) -> int:
     looped = [part for part in facts.components if part.role in LOOPED_ROLES]
     whole = sum(_scaled(part, part.parameter_bytes, facts, switches) for part in looped)
-    resident_bytes = min(whole, int(offload.resident_bytes))
+    resident_bytes = offload.stays(whole)
     if "denoiser" in roles:
         leaf = max((_scaled(part, part.largest_leaf_bytes, facts, switches) for part in looped), default=0)
         return min(whole, resident_bytes + WINDOW * leaf)

@@ -58,7 +58,8 @@ class Alternative:
         lean: whether copies of weights and graphs, which are for speed, were done without.
         exact: whether the memory switches leave the picture as it is, up to rounding.
         peak_bytes, needed_bytes: the estimated peak, and with its margin.
-        added_seconds: what moving weights adds to a call of the steps asked for, at most, at the bus rates of an H100.
+        added_seconds: what moving weights, and doing without graphs, adds to a call of the steps asked for, at most, as
+            measured on an H100.
         fits: whether it fits, None where it is not known what is usable.
     """
 
@@ -81,7 +82,9 @@ class Alternative:
     @property
     def name(self) -> str:
         """The switches for a reader."""
-        return " + ".join(self.switches) or ("without copies for speed" if self.lean else "no memory switch")
+        if not self.switches:
+            return "without copies for speed" if self.lean else "no memory switch"
+        return " + ".join(self.switches) + ("" if self.lean else ", with graphs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,7 @@ class Plan:
             return []
         fitting = [item.added_seconds for item in self.alternatives if item.fits and item.exact]
         call = f"a call of {self.request.get('steps', STEPS)} steps"
-        lines = [f"Ways to fit (peak with margin, what moving weights adds to {call} at most):"]
+        lines = [f"Ways to fit (peak with margin, what moving weights or no graphs adds to {call} at most):"]
         for item in self.alternatives:
             beaten = any(other.beats(item) for other in self.alternatives)
             if beaten or (not item.exact and item.added_seconds >= min(fitting, default=float("inf"))):

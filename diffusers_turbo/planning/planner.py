@@ -33,7 +33,7 @@ from .speed import (
     sm_text,
 )
 from .tiers import Tier, judge_tier, settle_tier
-from .timing import STEPS, added_seconds, moves_weights
+from .timing import STEPS, added_seconds, missed_seconds, moves_weights
 from .units import gib
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ def make_plan(
         fitting = [item for item in tried if usable is not None and item.needed_bytes <= usable]
         if moves_weights(rung.options) and not rung.exact and any(item.exact for item in fitting):
             continue  # neither as exact as what fits, nor free
-        free = any(item.added_seconds == 0 for item in fitting)
-        if usable is not None and rung.has(PartialOffload) and not free:
+        # where all of the denoiser has room, nothing is gained by streaming a part of it
+        whole = any(item.moving_seconds == 0 or item.rung.has(PartialOffload) for item in fitting)
+        if usable is not None and rung.streams and not whole:
             drafts.append(_filled(situation, rung, estimates, usable))
         else:
             drafts.append(_draft(situation, rung, estimates))
@@ -162,10 +163,13 @@ class _Draft:
     estimate: MemoryEstimate
 
     def summary(self, situation: Situation) -> Estimated:
+        facts, steps = situation.pipeline, situation.request.steps
+        missed = missed_seconds(facts, steps) if self.tier.name is None and _has_tier(situation) else 0.0
         return Estimated(
             rung=self.rung,
             needed_bytes=self.estimate.needed_bytes,
-            added_seconds=added_seconds(situation.pipeline, self.rung.options, situation.request.steps),
+            added_seconds=added_seconds(facts, self.rung.options, steps) + missed,
+            missed_seconds=missed,
         )
 
 
@@ -192,7 +196,12 @@ def _ladder(situation: Situation) -> list[Rung]:
     holds = any(
         option == SDPAAttention(backend="math") for option in _attention_for_estimate(situation, dtype, attention)
     )
-    return make_ladder(situation, attention_holds_scores=holds)
+    return make_ladder(situation, attention_holds_scores=holds, has_tier=_has_tier(situation))
+
+
+def _has_tier(situation: Situation) -> bool:
+    """Whether the plan is of a tier, where memory allows."""
+    return settle_tier(situation, (), lean=False).name is not None
 
 
 def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
@@ -214,7 +223,7 @@ def _draft(situation: Situation, rung: Rung, estimates: Estimates) -> _Draft:
     layout = judge_layout(situation, dtype, compiled, tier, lean=rung.lean)
     verdicts = [precision, layout, projections, *attention, judge_tf32(situation, dtype), *compiles]
     verdicts += [judge_trace(situation), judge_exported(situation)]
-    verdicts += judge_tier(situation, tier, compiled=compiled)
+    verdicts += judge_tier(situation, tier, rung.options, compiled=compiled)
     taken = [item.options for item in verdicts if item.taken]
     assumed = _attention_for_estimate(situation, dtype, [*taken, *rung.options])
     estimate = estimates(

@@ -100,8 +100,11 @@ def _fastest(situation: Situation) -> Tier:
     return Tier(name="compiled", reason=f"{measured}; {then}, {images} are wanted")
 
 
-def judge_tier(situation: Situation, tier: Tier, *, compiled: bool) -> list[Verdict]:
-    """Decide on every switch that only a tier throws; `compiled` says whether the plan compiles the denoiser."""
+def judge_tier(situation: Situation, tier: Tier, others: Sequence[Options], *, compiled: bool) -> list[Verdict]:
+    """Decide on every switch that only a tier throws, beside others.
+
+    `compiled` says whether the plan compiles the denoiser.
+    """
     verdicts = []
     for options, trouble_with, gain in _SWITCHES:
         what = gain.format(waits=_WAITS.get(situation.pipeline.scheduler or "", _WAITS_ONCE))
@@ -113,6 +116,8 @@ def judge_tier(situation: Situation, tier: Tier, *, compiled: bool) -> list[Verd
             verdicts.append(leave(options, "The compiler adds biases in other passes itself."))
         elif tier.name is None:
             verdicts.append(leave(options, f"{what}; {tier.reason}."))
+        elif clashes := conflicts_with(options, others):
+            verdicts.append(leave(options, f"{what}; not beside {clashes[0]}."))
         else:
             verdicts.append(take(options, f"{what} ({tier.name} tier)."))
     return verdicts

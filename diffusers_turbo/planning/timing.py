@@ -1,7 +1,8 @@
 """What memory switches add to a call's time: the bytes they move between host and device, at rates that were measured.
 
-Only what is moved is counted, and none of it as hidden behind computing, so that the figure is the most it adds. The
-rates are those of one host and bus; elsewhere the order of the switches holds rather than the seconds.
+None of what is moved is counted as hidden behind computing, so that the figure is the most it adds; what a plan does
+without for the sake of memory (the instant tier) is added where it was measured. The figures are those of one host, bus
+and GPU; elsewhere the order of the switches holds rather than the seconds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ def added_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int =
     )
 
 
+def missed_seconds(facts: PipelineFacts, steps: int = STEPS) -> float:
+    """Return the seconds a call takes longer without the instant tier, 0 where that was not measured."""
+    gain = gains.TIER_GAINS.get(facts.family)
+    return 0.0 if gain is None else (gain.plain_ms - gain.instant_ms) / 1000 * steps / gain.steps
+
+
 def moves_weights(options: Iterable[Options]) -> bool:
     """Whether any of these switches moves weights during a call."""
     return any(option.slot == ModelOffload.slot for option in options)
@@ -40,9 +47,10 @@ def _moved_bytes(option: Options, whole: int, denoiser: int, steps: int) -> dict
     if isinstance(option, ModelOffload):
         return {ModelOffload.action: 2 * whole}  # each component comes once, and goes back
     if isinstance(option, PartialOffload):
-        stays = min(int(option.resident_bytes), denoiser)
+        stays = option.stays(denoiser)
         comes = whole - denoiser + (stays if option.denoiser_leaves else 0)
-        return {ModelOffload.action: 2 * comes, GroupOffload.action: steps * (denoiser - stays)}
+        # what comes has its place in host memory still when it goes
+        return {PartialOffload.action if option.pin_memory else "ordinary": comes + steps * (denoiser - stays)}
     if isinstance(option, (GroupOffload, SequentialOffload)):
         # each layer comes at every step; host memory still holds it when it goes
         return {option.action: (whole - denoiser) + steps * denoiser}
@@ -52,14 +60,15 @@ def _moved_bytes(option: Options, whole: int, denoiser: int, steps: int) -> dict
 def _rates() -> dict[str, float]:
     measured = gains.OFFLOAD_SECONDS
     options: tuple[Options, ...] = (ModelOffload(), GroupOffload(), SequentialOffload())
-    return {
+    rates = {
         option.action: sum(
             _moved_bytes(option, gains.OFFLOAD_BYTES, gains.OFFLOAD_DENOISER_BYTES, gains.OFFLOAD_STEPS).values()
         )
         / (measured[option.action] - measured["none"])
         for option in options
     }
+    return rates | {PartialOffload.action: gains.COPY_RATES["page-locked"], "ordinary": gains.COPY_RATES["ordinary"]}
 
 
 OFFLOAD_RATES = _rates()
-"""Bytes a second by switch, from `gains.OFFLOAD_SECONDS`."""
+"""Bytes a second by switch, from `gains.OFFLOAD_SECONDS`; of our own copies from `gains.COPY_RATES`."""

@@ -11,7 +11,14 @@ from .replay import Peak, Replay
 
 @dataclass
 class PipelineCall:
-    """One call of the pipeline through a replay, or two where graphs are captured at the second."""
+    """One call of the pipeline through a replay, or two where graphs are captured at the second.
+
+    Attributes:
+        widens_vae, keeps_wide: whether the VAE is cast to float32 to decode, beside its weights of before.
+        offloaded: whether weights come and go; then of the networks only the denoiser is captured.
+        graphs, leaves: whether calls are captured, and leave with a denoiser that does so between calls.
+        projected_bytes: what is computed of the prompt ahead.
+    """
 
     replay: Replay
     recordings: dict[str, Recording]
@@ -19,6 +26,7 @@ class PipelineCall:
     keeps_wide: bool
     offloaded: bool
     graphs: bool
+    leaves: bool
     projected_bytes: int
     _copied: bool = False
 
@@ -45,16 +53,22 @@ class PipelineCall:
             self._copied = self.keeps_wide  # the copy of the first cast serves all others
             self.replay.residency.widen("vae", keep=self.keeps_wide)
         if self.graphs and stage == "denoise":
-            if call == 0:
-                held += self.replay.run(recording)
-                if self.projected_bytes:
-                    self.replay.hold(self.projected_bytes, "graphs")  # an input, of which a graph has its own copy
-                self.replay.capture(recording)
-            elif self.projected_bytes:
-                self.replay.hold(2 * self.projected_bytes, "graphs")  # their own graph: each layer's part, and all
-        elif self.graphs and call == 1 and stage != "vae_encode":
+            self._denoise(recording, call, held)
+        elif self.graphs and call == 1 and stage != "vae_encode" and not self.offloaded:
             self.replay.capture(recording)
         else:
             held += self.replay.run(recording)
         if cast and not self.keeps_wide:
             self.replay.residency.narrow("vae")
+
+    def _denoise(self, recording: Recording, call: int, held: list[Block]) -> None:
+        if call == 0:
+            held += self.replay.run(recording)
+        if call == 0 or self.leaves:
+            projected = [self.projected_bytes] if self.projected_bytes else []
+            graphs = [self.replay.hold(size, "graphs") for size in projected]  # an input, of which it has its own copy
+            graphs += self.replay.capture(recording)
+            if self.leaves:
+                self.replay.drop(graphs)
+        elif self.projected_bytes:
+            self.replay.hold(2 * self.projected_bytes, "graphs")  # their own graph: each layer's part, and all

@@ -219,6 +219,7 @@ class Predictor:
             keeps_wide=opt.VAEUpcastCopy in on,
             offloaded=offload is not None,
             graphs=opt.CUDAGraphs in on,
+            leaves=bool(getattr(offload, "denoiser_leaves", False)),
             projected_bytes=_projected_bytes(prepared, picture) if opt.PromptProjections in on else 0,
         )
         return call.peaks()

@@ -75,21 +75,28 @@ class Replay:
             self._look()
         return [blocks[key] for key in recording.kept if key in blocks]
 
-    def capture(self, recording: Recording) -> None:
-        """Record a stage's networks as CUDA graphs, as `enable_cuda_graphs()` does: inputs, pool and outputs stay."""
-        self.allocator.empty_cache(DEFAULT_POOL)  # torch.cuda.graph does so before it records
-        for given in recording.inputs:
-            for size in given:
-                self.hold(size, "graphs")
-        self._pools += 1
-        # the outputs are the graph's own
-        self.run(recording, self._pools, CAPTURE_STREAM)
-        self._look()
+    def capture(self, recording: Recording) -> list[Block]:
+        """Record a stage's networks as CUDA graphs, as `enable_cuda_graphs()` does; return what stays of it.
 
-    def hold(self, size: int, category: str) -> None:
-        """Allocate for good."""
-        self.allocator.allocate(size, category)
+        Inputs and outputs, which are the graph's own; while they are held the graph's pool is nobody else's.
+        """
+        self.allocator.empty_cache(DEFAULT_POOL)  # torch.cuda.graph does so before it records
+        inputs = [self.hold(size, "graphs") for given in recording.inputs for size in given]
+        self._pools += 1
+        outputs = self.run(recording, self._pools, CAPTURE_STREAM)
         self._look()
+        return inputs + outputs
+
+    def drop(self, graphs: list[Block]) -> None:
+        """Give back what stays of captures, and what is cached."""
+        self.release(graphs)
+        self.allocator.empty_cache()
+
+    def hold(self, size: int, category: str) -> Block:
+        """Allocate, until it is released."""
+        block = self.allocator.allocate(size, category)
+        self._look()
+        return block
 
     def release(self, blocks: list[Block]) -> None:
         """Give blocks back."""

@@ -320,7 +320,9 @@ def residency_of(
     """Return how weights come and go under an offload, None being none; `looped` are called at every step."""
     if isinstance(offload, PartialOffload):
         leaves = offload.denoiser_leaves
-        return ByShare(weights, allocator, looped, int(offload.resident_bytes), leaves=leaves)
+        owners = [owner for component in looped for owner in weights.owners(component)]
+        most = sum(aligned(size) for owner in owners for size in weights.sizes[owner])
+        return ByShare(weights, allocator, looped, offload.stays(most), leaves=leaves)
     if isinstance(offload, ModelOffload):
         return ByModel(weights, allocator)
     if isinstance(offload, SequentialOffload):

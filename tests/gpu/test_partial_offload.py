@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusers_turbo import auto_optimize, turbo
+from diffusers_turbo.actions.ahead import graphs_of
 from diffusers_turbo.actions.streaming import Window
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.units import MIB
@@ -139,3 +140,31 @@ class TestFullSize:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             pipe.turbo_undo()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
+def test_a_denoiser_that_comes_whole_is_recorded_and_takes_its_graphs_along(make, leaves):
+    pipe = turbo(make().to("cuda"))
+    stock, before = tiny.picture(pipe, steps=8), state_of(pipe)
+    pipe.enable_partial_offload("all", denoiser_leaves=leaves)
+    for switch in ("enable_cuda_graphs", "enable_time_projections", "enable_prompt_projections"):
+        getattr(pipe, switch)()
+    held = []
+    for _ in range(4):
+        assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    graphs = graphs_of(vars(pipe.unet)["_compiled_call_impl"])
+    assert graphs.reason is None
+    assert graphs.captured == (4 if leaves else 1)
+    assert (graphs.eager, graphs.replayed) == (1, 31)
+    weights = sum(parameter.nbytes for parameter in pipe.unet.parameters())
+    assert held[1:] == [held[1]] * 3
+    if leaves:  # nothing of it is left on the device
+        assert not any(parameter.is_cuda for parameter in pipe.unet.parameters())
+        assert len(graphs.graphs) == 0
+    else:
+        assert held[-1] >= weights
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []

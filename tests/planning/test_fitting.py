@@ -46,7 +46,11 @@ def test_offload_grows_with_need_and_tiles_come_last():
         plan_on("H100", "sd15", vram_budget=budget, height=1024, width=1024) for budget in ("8GB", "3GB", "2.3GB")
     ]
     assert not any("offload" in action for action in actions_of(ladder[0]))
-    assert "enable_model_cpu_offload" in actions_of(ladder[1])
+    (whole,) = (step for step in ladder[1].steps if "offload" in step.action)
+    assert whole.action == "enable_partial_offload"
+    assert whole.options["resident_bytes"] is None
+    assert "The denoiser is there whole while it works and leaves while other components work" in whole.reason
+    assert "Not needed: enable_partial_offload fits" in reason_of(ladder[1], "enable_model_cpu_offload")
     assert "enable_group_offload" in actions_of(ladder[2])
     assert "not enough" in reason_of(ladder[2], "enable_model_cpu_offload")
     assert all(made.exact and made.fits for made in ladder)
@@ -58,7 +62,7 @@ def test_offload_grows_with_need_and_tiles_come_last():
 
 
 def test_less_of_the_denoiser_stays_as_the_budget_shrinks_and_no_room_is_left_over():
-    """Between model offload, which needs all of it at once, and group offload, which keeps none of it."""
+    """Between the room for all of it at once, and group offload, which keeps none of it."""
     weights = facts_of("sdxl").denoiser_facts.parameter_bytes
     stays = []
     for tenths in range(16, 46, 2):
@@ -84,8 +88,19 @@ def test_the_denoiser_leaves_only_when_that_makes_room():
     assert roomy.options["denoiser_leaves"] is False
 
 
+def test_a_denoiser_that_is_there_whole_is_recorded():
+    made = plan_on("RTX 3060", "sdxl", vram_budget="6GB")
+    whole = {step.action for step in made.steps}
+    assert {"enable_cuda_graphs", "enable_fused_kernels", "enable_time_projections"} <= whole
+    assert "enable_fused_qkv" not in whole
+    assert "offload moves the weights that a copy is kept of" in reason_of(made, "enable_vae_upcast_copy")
+    streamed = plan_on("RTX 3060", "sdxl", vram_budget="3GB")
+    assert "enable_partial_offload: offload moves weights in the middle of a call" in streamed.explain()
+    assert "enable_cuda_graphs" not in actions_of(streamed)
+
+
 def test_group_offload_streams_leaves_and_sequential_is_the_last_resort():
-    made = plan_on("H100", "sdxl", vram_budget="1.3GB")
+    made = plan_on("H100", "sdxl", vram_budget="700MB")
     (group,) = [step for step in made.steps if step.action == "enable_group_offload"]
     assert group.options["offload_type"] == "leaf_level"
     assert group.options["use_stream"] is True

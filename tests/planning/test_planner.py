@@ -11,10 +11,11 @@ from diffusers_turbo.errors import InvalidOptionError, NotSupportedError
 from diffusers_turbo.facts.cards import CARDS
 from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.planning.gains import COMPILE_GAINS
-from diffusers_turbo.planning.options import ACTIONS
+from diffusers_turbo.planning.options import ACTIONS, ModelOffload
 from diffusers_turbo.planning.plan import Plan
 from diffusers_turbo.planning.planner import make_plan, plan
-from diffusers_turbo.planning.request import Request
+from diffusers_turbo.planning.request import Request, settle
+from diffusers_turbo.planning.speed import compile_trouble
 from tests.planning.architectures import facts_of, sd15
 from tests.planning.asking import actions_of, plan_on, reason_of
 
@@ -151,9 +152,7 @@ def test_offload_that_streams_excludes_compiling():
     assert "enable_partial_offload" in actions_of(made)
     assert "breaks the graph" in reason_of(made, "compile_unet")
     old = dataclasses.replace(DeviceFacts.card("H100"), versions={"accelerate": "1.12.0"})
-    model_offload = plan(facts_of("sdxl"), old, images=10_000, vram_budget="6GB")
-    assert "enable_model_cpu_offload" in actions_of(model_offload)
-    assert "before 1.13" in reason_of(model_offload, "compile_unet")
+    assert "before 1.13" in compile_trouble(settle(facts_of("sdxl"), old, Request()), "unet", [ModelOffload()])
 
 
 def test_attention_already_in_force_is_not_switched_again():

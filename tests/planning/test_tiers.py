@@ -212,17 +212,29 @@ def test_no_tier_where_weights_move_or_there_is_no_nvidia_gpu():
 
 
 @pytest.mark.parametrize("tier", [None, "instant"])
-def test_graphs_go_before_weights_have_to(tier):
-    """Between the room for everything and the first offload: resident, and nothing kept for the sake of speed."""
+def test_weights_move_before_graphs_go(tier):
+    """Between the room for everything and that for the weights alone: moving some costs less than having no graphs."""
     facts, graphs = facts_of("sdxl"), plan(facts_of("sdxl"), H100, tier=tier).after.needed_bytes
     lean = int(estimate_memory(facts, 1024, 1024, 1, [ChannelsLast()]).needed_bytes)
     assert lean < graphs
     made = plan(facts, H100, tier=tier, vram_budget=(lean + graphs) // 2)
     assert made.fits
-    assert taken(made) & ONLY_OF_TIERS == set()
+    (offload,) = (step for step in made.steps if "offload" in step.action)
+    assert offload.options["resident_bytes"] is None
+    assert {"enable_cuda_graphs", "enable_prompt_projections"} <= taken(made) & ONLY_OF_TIERS
+    resident, without = made.alternatives[0], made.alternatives[1]
+    assert (resident.fits, without.fits) == (False, True)
+    assert without.added_seconds == pytest.approx((2761 - 907) / 1000)  # of the same number of steps
+
+
+def test_without_a_tier_weights_stay_where_they_fit():
+    facts = facts_of("sdxl")
+    plain, lean = (estimate_memory(facts, 1024, 1024, 1, options).needed_bytes for options in ([], [ChannelsLast()]))
+    made = plan(facts, H100, tier="none", vram_budget=int(lean + plain) // 2)
+    assert made.fits
     assert not any("offload" in action for action in taken(made))
     assert "Memory is tight, and convolutions need less" in reason(made, "enable_channels_last")
-    assert "memory is tight, and a graph keeps what it was recorded in" in reason(made, "enable_cuda_graphs")
+    assert len({item.name for item in made.alternatives}) == len(made.alternatives)
 
 
 def test_an_estimate_counts_what_graphs_keep():

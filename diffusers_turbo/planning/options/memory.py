@@ -10,6 +10,9 @@ from ..units import parse_bytes
 
 OFFLOAD_TYPES = ("block_level", "leaf_level")
 
+ALL = "all"
+"""What may be written for a denoiser that stays whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAESlicing(Options):
@@ -124,24 +127,38 @@ class GroupOffload(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PartialOffload(Options):
-    """Keep as much of the denoiser on the device as `resident_bytes` allow, and stream the rest through it."""
+    """Keep as much of the denoiser on the device as `resident_bytes` allow, and stream the rest through it.
+
+    None (or "all") keeps all of it, for as long as it works: then only whole components come and go.
+    """
 
     action = "enable_partial_offload"
     slot = "offload"
 
-    resident_bytes: int | str = 0
+    resident_bytes: int | str | None = 0
     pin_memory: bool = True
     pinned_bytes: int | str | None = None
     denoiser_leaves: bool = False
     device: Any = None
 
     def __post_init__(self) -> None:
+        if self.resident_bytes == ALL:
+            object.__setattr__(self, "resident_bytes", None)
         for name in ("resident_bytes", "pinned_bytes"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, parse_bytes(value, name=name))
-            elif not (value is None and name == "pinned_bytes") and (not is_int(value) or value < 0):
+            elif value is not None and (not is_int(value) or value < 0):
                 raise self._refuse(name, 'bytes from 0 on, or text such as "6GB"', f"give {name} as a number of bytes")
         self._check_flags("pin_memory", "denoiser_leaves")
         if self.pinned_bytes is not None and not self.pin_memory:
             raise self._refuse("pinned_bytes", "pin_memory=True", "leave pinned_bytes out, or pin_memory on")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the denoiser is asked to be there whole."""
+        return self.resident_bytes is None
+
+    def stays(self, whole: int) -> int:
+        """Return how many of a denoiser's bytes stay."""
+        return whole if self.resident_bytes is None else min(whole, int(self.resident_bytes))
