@@ -46,7 +46,10 @@ HELD_SLOTS = (4096, 8192, 16384)
 """Elements of a group that one program holds, 32 a thread."""
 
 SINGLE_SLOTS = 32768
-"""Largest group, in elements, that one program takes alone: four turns of `block`."""
+"""Largest group, in elements, that one program takes alone: four turns of `block`. Twice as many from `WIDE` on."""
+
+WIDE = 40
+"""Channels a group with which one program is the faster way up to eight turns: it reads longer pieces of memory."""
 
 MOST_TILES = 1024
 """Most tiles a channel is split into: enough programs for any GPU, while a finishing program still reads the tiles of a
@@ -60,7 +63,8 @@ class GroupNormLaunch:
     Attributes:
         split: take the statistics by tiles, see the module.
         held: a single group's program reads it once, if `block` is as large as the group.
-        block, warps: elements that a single group's program holds at once, and its threads over 32.
+        block, warps: elements that a single group's program holds at once, and its threads over 32. A group with more
+            channels than `block` is split.
         rows, columns: positions and channels that a tile's program holds at once.
         tile_rows: positions of a tile; a multiple of `rows` wastes nothing.
         tile_warps: threads of a tile's program over 32.
@@ -70,7 +74,7 @@ class GroupNormLaunch:
     split: bool
     held: bool = False
     block: int = 8192
-    warps: int = 16
+    warps: int = 32
     rows: int = 32
     columns: int = 64
     tile_rows: int = 64
@@ -82,7 +86,7 @@ class GroupNormLaunch:
 def group_norm_launch(channels: int, positions: int, num_groups: int) -> GroupNormLaunch:
     """The rule: a group up to `SINGLE_SLOTS` elements is one program's; larger ones are split into at most 1024 tiles.
 
-    What is not held is read 8192 elements at a time, 16 a thread, two accumulators each. A tile is 64
+    What is not held is read 8192 elements at a time, 8 a thread, two accumulators each. A tile is 64
     channels wide, a cache line of 16-bit values that divides every channel count of SD and SDXL, and 64 positions
     long, which keeps its partial results at a sixteenth of what it reads (16-bit) and makes 640 programs of SD1.5's
     smallest split norm; it grows where that would be more than 1024 tiles. The batch plays no part in the choice, so
@@ -93,14 +97,16 @@ def group_norm_launch(channels: int, positions: int, num_groups: int) -> GroupNo
     """
     columns = min(64, 1 << max(channels - 1, 0).bit_length())
     tile_rows = max(64, 32 * -(-positions // (32 * MOST_TILES)))
-    slots = positions * channels // max(num_groups, 1)
+    width = channels // max(num_groups, 1)
+    slots = positions * width
     for block in HELD_SLOTS:
         if slots <= block:
             warps = block // 1024
             return GroupNormLaunch(
                 split=False, held=True, block=block, warps=warps, columns=columns, tile_rows=tile_rows
             )
-    return GroupNormLaunch(split=slots > SINGLE_SLOTS, columns=columns, tile_rows=tile_rows)
+    largest = 2 * SINGLE_SLOTS if width >= WIDE else SINGLE_SLOTS
+    return GroupNormLaunch(split=slots > largest, columns=columns, tile_rows=tile_rows)
 
 
 def group_norm(
@@ -244,7 +250,7 @@ def _op(
         launch_from(GroupNormLaunch, launch) if launch else group_norm_launch(norm.channels, norm.positions, num_groups)
     )
     with on_device_of(x):
-        (_run_split if cut.split else _run_single)(norm, cut)
+        (_run_split if cut.split or norm.width > cut.block else _run_single)(norm, cut)
     return output
 
 
@@ -271,6 +277,11 @@ class _Norm:
         return self.x.shape[1]
 
     @property
+    def width(self) -> int:
+        """Channels of a group."""
+        return self.channels // self.num_groups
+
+    @property
     def add_row(self) -> int:
         """Elements between the rows of `add`."""
         return 0 if self.add is None else self.add.stride(0)
@@ -286,8 +297,7 @@ def _(x: Tensor, *options: object) -> Tensor:
 
 
 def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
-    width = norm.channels // norm.num_groups
-    held = cut.held and norm.positions * width <= cut.block
+    held = cut.held and norm.positions * norm.width <= cut.block
     (held_kernel if held else single_kernel)[(norm.batch * norm.num_groups,)](
         norm.x,
         norm.output,
@@ -297,7 +307,7 @@ def _run_single(norm: _Norm, cut: GroupNormLaunch) -> None:
         norm.positions,
         norm.channels,
         norm.eps,
-        GROUP=width,
+        GROUP=norm.width,
         BLOCK=cut.block,
         num_warps=cut.warps,
     )

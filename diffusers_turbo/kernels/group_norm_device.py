@@ -109,53 +109,57 @@ def single_kernel(
 ) -> None:
     """One group of one sample: statistics, and then its elements once more, from cache.
 
-    Slots run over the group's elements position by position, so that no lane idles at 10 or 60 channels a group; that
-    the number is known when compiling makes the division cheap and lets neighbours be loaded together.
+    Slots run over the group's elements position by position, so that few lanes idle at 10 or 60 channels a group. They
+    are of whole positions: each slot has one channel in all turns, whose values it finds and loads once.
     """
+    ROWS: tl.constexpr = BLOCK // GROUP
     groups = channels // GROUP
     batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    source = row_start(batch, 0, positions, channels) + group * GROUP
     slots = positions * GROUP
     flat = tl.arange(0, BLOCK)
+    row = flat // GROUP
+    inside = row < ROWS
+    channel = group * GROUP + flat % GROUP
+    # int64 here too: a narrow group of very many channels can reach past 2^31 within one sample.
+    offset = row.to(tl.int64) * channels + channel
 
+    extra = tl.zeros([BLOCK], dtype=tl.float32)
     mean = tl.zeros([BLOCK], dtype=tl.float32)
     deviation = tl.zeros([BLOCK], dtype=tl.float32)
     turns = 0.0
-    for start in range(0, slots, BLOCK):
-        index = start + flat
-        present = index < slots
-        column = index % GROUP
-        # int64 here too: a narrow group of very many channels can reach past 2^31 within one sample.
-        value = tl.load(x + source + (index // GROUP).to(tl.int64) * channels + column, mask=present, other=0)
-        extra = tl.load(add + batch * add_row + group * GROUP + column, mask=present & (has_add != 0), other=0)
-        known = tl.load(before + group * GROUP + column, mask=present & (has_before != 0), other=0)
-        value = value.to(tl.float32) + (extra.to(tl.float32) + known.to(tl.float32))
+    # Branches, which all threads take together: even a load that is masked out takes its turn.
+    if has_add != 0:
+        extra += tl.load(add + batch * add_row + channel, mask=inside, other=0).to(tl.float32)
+    if has_before != 0:
+        extra += tl.load(before + channel, mask=inside, other=0).to(tl.float32)
+    for first in range(0, positions, ROWS):
+        present = inside & (first + row < positions)
+        value = tl.load(x + row_start(batch, first, positions, channels) + offset, mask=present, other=0)
+        value = value.to(tl.float32) + extra
         turns += 1.0
         delta = tl.where(present, value - mean, 0.0)
         mean += delta * (1.0 / turns)
         deviation += delta * (value - mean)
     # A slot took part in every turn, or in all but the last.
-    count = ((slots - flat + BLOCK - 1) // BLOCK).to(tl.float32)
+    count = tl.where(inside, (positions - row + ROWS - 1) // ROWS, 0).to(tl.float32)
     centre = tl.sum(count * mean, axis=0) / slots
     # The sum above rounds as large numbers do; what it missed is small, and so are the sums of what is left.
     spread = mean - centre
     missed = tl.sum(count * spread, axis=0) / slots
     variance = tl.sum(deviation + count * spread * spread, axis=0) / slots - missed * missed
-    scale = 1.0 / tl.sqrt_rn(variance + eps)
 
-    for start in range(0, slots, BLOCK):
-        index = start + flat
-        present = index < slots
-        column = index % GROUP
-        offset = source + (index // GROUP).to(tl.int64) * channels + column
-        channel = group * GROUP + column
-        value = tl.load(x + offset, mask=present, other=0).to(tl.float32)
-        extra = tl.load(add + batch * add_row + channel, mask=present & (has_add != 0), other=0).to(tl.float32)
-        extra += tl.load(before + channel, mask=present & (has_before != 0), other=0).to(tl.float32)
-        gain = tl.load(weight + channel, mask=present & (has_weight != 0), other=1.0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=present & (has_bias != 0), other=0).to(tl.float32)
-        result = activate((value + extra - centre - missed) * (scale * gain) + shift, silu)
-        tl.store(output + offset, result.to(output.dtype.element_ty), mask=present)
+    gain = tl.zeros([BLOCK], dtype=tl.float32) + 1.0 / tl.sqrt_rn(variance + eps)
+    shift = tl.zeros([BLOCK], dtype=tl.float32)
+    if has_weight != 0:
+        gain *= tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
+    if has_bias != 0:
+        shift += tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
+    for first in range(0, positions, ROWS):
+        present = inside & (first + row < positions)
+        source = row_start(batch, first, positions, channels)
+        value = tl.load(x + source + offset, mask=present, other=0).to(tl.float32)
+        value = (value + extra - centre - missed) * gain + shift
+        tl.store(output + source + offset, activate(value, silu).to(output.dtype.element_ty), mask=present)
 
 
 @jit("positions", "tiles", "tile_rows")

@@ -158,7 +158,7 @@ def group_norm(shape: tuple[int, ...], draw: Any) -> Any:
     x, weight, bias = draw(*shape).contiguous(memory_format=torch.channels_last), draw(channels), draw(channels)
     groups = min(32, channels)
     now = group_norm_launch(channels, x[0, 0].numel(), groups)
-    cuts = {"now": now, "read twice": replace(now, split=False, held=False, block=8192, warps=16)}
+    cuts = {"now": now, "read twice": replace(now, split=False, held=False, block=8192, warps=32)}
     if now.held:
         cuts |= {f"by {warps} warps": replace(now, warps=warps) for warps in (4, 8, 16)}
     for change in ({}, {"tile_warps": 8}, {"columns": 128}, {"tile_rows": 128}, {"finish_block": 1024}):

@@ -114,7 +114,8 @@ def main(dtype: torch.dtype) -> None:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype)
 
-    for channels, side in ((320, 64), (320, 32), (640, 32), (960, 16), (1280, 16), (1920, 16), (2560, 8), (128, 512)):
+    images = ((320, 64), (320, 32), (640, 32), (960, 32), (960, 16), (1280, 16), (1920, 16), (2560, 8), (128, 512))
+    for channels, side in images:
         x = empty(2, channels, side, side).to(memory_format=torch.channels_last)
         group_norm.group_norm(x, 32, *empty(2, channels), silu=True, add=empty(2, channels))
         group_norm.group_norm(x, 32, *empty(2, channels), before=empty(channels))

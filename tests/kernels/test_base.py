@@ -20,6 +20,7 @@ from diffusers_turbo.kernels.group_norm import (
     HELD_SLOTS,
     MOST_TILES,
     SINGLE_SLOTS,
+    WIDE,
     GroupNormLaunch,
     group_norm,
     group_norm_launch,
@@ -221,10 +222,10 @@ def test_bfloat16_needs_ampere():
 
 
 @pytest.mark.parametrize("channels", [1, 33, 128, 320, 2560])
-@pytest.mark.parametrize("side", [1, 8, 31, 64, 512, 4096])
+@pytest.mark.parametrize("side", [1, 8, 12, 31, 64, 512, 4096])
 def test_the_rule_of_group_norm(channels, side):
     launch = group_norm_launch(channels, side * side, 1)
-    assert launch.split == (channels * side * side > SINGLE_SLOTS)
+    assert launch.split == (channels * side * side > (2 * SINGLE_SLOTS if channels >= WIDE else SINGLE_SLOTS))
     assert launch.held == (channels * side * side <= max(HELD_SLOTS))
     assert not launch.held or launch.block >= channels * side * side
     assert launch.tile_rows % launch.rows == 0

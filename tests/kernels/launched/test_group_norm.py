@@ -135,6 +135,11 @@ def test_a_launch_that_holds_less_than_a_group_reads_it_twice(device):
     check("group_norm", x, 1, launch=replace(HELD, block=256))
 
 
+def test_a_group_with_more_channels_than_a_program_holds_is_split(device):
+    x = image(1, 24, 3, 3, device=device)
+    check("group_norm", x, 1, *randn(2, 24, device=device), launch=replace(SINGLE, block=16, warps=1))
+
+
 def test_of_nothing(device):
     assert group_norm(torch.empty(0, 4, 3, 3, device=device), 2).shape == (0, 4, 3, 3)
 
