@@ -8,11 +8,17 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.hooks import group_offloading
 
-from diffusers_turbo import turbo
+from diffusers_turbo import modules, turbo
 from diffusers_turbo.facts.pipeline import device_without_hooks
 from tests import tiny
 
 MODULES = ("unet", "vae", "text_encoder")
+
+
+class Elsewhere:
+    """Stands for a module's weights on a GPU that is not there."""
+
+    device = torch.device("cuda", 1)
 
 
 def _of_diffusers(pipe):
@@ -30,14 +36,18 @@ def test_it_is_that_of_diffusers(make):
 @pytest.mark.parametrize("name", ["unet", "text_encoder"])
 def test_of_components_on_several_devices_it_is_the_accelerator(name, monkeypatch):
     pipe = turbo(tiny.sd())
-
-    class Elsewhere:
-        """Stands for a module's weights on a GPU that is not there."""
-
-        device = torch.device("cuda", 1)
-
     monkeypatch.setattr(getattr(pipe, name), "parameters", lambda: iter([Elsewhere]))
     assert pipe._execution_device == torch.device("cuda", 1)
+
+
+def test_where_all_begin_on_one_accelerator_no_layer_is_asked(monkeypatch):
+    pipe = turbo(tiny.sd())
+    for name in MODULES:
+        monkeypatch.setattr(getattr(pipe, name), "parameters", lambda: iter([Elsewhere]))
+    monkeypatch.setattr(modules, "modules_in", lambda *roots: pytest.fail("searched"))
+    assert pipe._execution_device == torch.device("cuda", 1)
+    add_hook_to_module(pipe.unet, AlignDevicesHook("cuda:1"))
+    assert device_without_hooks(pipe) is None
 
 
 @pytest.mark.parametrize(

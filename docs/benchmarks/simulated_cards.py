@@ -3,41 +3,87 @@
 python docs/benchmarks/simulated_cards.py docs/benchmarks/simulated-cards-<gpu>.json [--seconds 500] [--jobs sd15-512]
 
 First every hand-made combination of diffusers' own methods runs once a job, uncapped, for its peak and its time. Then,
-for each budget, the fastest of them that fits and `auto_optimize(pipe, vram_budget=...)` each run in a process of its
-own under a cap on PyTorch's allocator, set before anything is allocated. A card also has to hold the CUDA context, so
-its measured size comes off the budget. Weights are made once and loaded from host memory by each process. What the file
-holds already is not run again; `--tiny` tries the script on a CPU, without caps.
+for each budget, the fastest of them that fits and `auto_optimize(pipe, vram_budget=...)` each run under a cap on
+PyTorch's allocator, set before anything is allocated. A card also has to hold the CUDA context, so its measured size
+comes off the budget. `--caps` asks instead how low a cap may be, with nothing taken off it.
+
+Each way runs in a process of its own. It is forked from this one, which has imported everything, holds the job's
+weights in host memory and leaves the GPU alone. What the file holds already is not run again; `--tiny` tries the script
+on a CPU, without caps.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+# CUDA that was started here would not work in the forked processes, and some imports start it (torchao's): until then
+# there is no GPU to be seen
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "XFORMERS_FORCE_DISABLE_TRITON": "1"}
+
+import diffusers
+import torch
+import transformers
+
+from diffusers_turbo import auto_optimize, turbo
+from diffusers_turbo.actions.out_of_memory import ran_out_of_memory
+from diffusers_turbo.bench.architectures import build
+from diffusers_turbo.bench.environment import read_environment
+from diffusers_turbo.bench.schedulers import set_scheduler
+from diffusers_turbo.errors import in_one_line
 
 GB = 2**30
 BUDGETS_GB = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 PROMPT = "a photograph of an astronaut riding a horse"
+WARM_UP_STEPS = 3
 LONG_S = 8.0
-"""A call that takes longer is timed once more only."""
+"""A picture that takes longer is timed once only."""
 
-# job: architecture, side in pixels, scheduler, steps
+FORK = multiprocessing.get_context("fork")
+SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
+THREADS = torch.get_num_threads()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is drawn, by which model, and the caps in GiB that are tried with tiles and without."""
+
+    model: str
+    side: int
+    scheduler: str
+    steps: int
+    tiled_cap: float | None = None
+    exact_caps: tuple[float, ...] = ()
+
+
 JOBS = {
-    "sd15-512": ("sd15", 512, "ddim", 50),
-    "sd15-1024": ("sd15", 1024, "ddim", 50),
-    "sdxl-1024": ("sdxl", 1024, "euler", 30),
+    "sd15-512": Job(
+        model="sd15", side=512, scheduler="ddim", steps=50, tiled_cap=0.45, exact_caps=(1.2, 1.0, 0.9, 0.8, 0.7)
+    ),
+    "sd15-1024": Job(model="sd15", side=1024, scheduler="ddim", steps=50),
+    "sdxl-1024": Job(
+        model="sdxl", side=1024, scheduler="euler", steps=30, tiled_cap=0.75, exact_caps=(4.5, 4.0, 3.7, 3.4)
+    ),
 }
-TINY = {"emoji": ("examples/emoji_sd", 128, "ddim", 2)}
+TINY = {
+    "emoji": Job(model="examples/emoji_sd", side=64, scheduler="ddim", steps=2, tiled_cap=0.1, exact_caps=(0.2, 0.1))
+}
 
 
 def _resident(pipe: Any) -> None:
@@ -53,14 +99,10 @@ def _sequential(pipe: Any) -> None:
 
 
 def _blocks(pipe: Any) -> None:
-    import torch
-
     pipe.enable_group_offload(torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1)
 
 
 def _leaves(pipe: Any) -> None:
-    import torch
-
     pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 
 
@@ -72,12 +114,13 @@ def _tiled(offload: Callable[[Any], None]) -> Callable[[Any], None]:
     return both
 
 
+RESIDENT, SEQUENTIAL = "resident", "sequential offload"
 PLACES = {
-    "resident": _resident,
+    RESIDENT: _resident,
     "model offload": _model,
     "block offload": _blocks,
     "leaf offload": _leaves,
-    "sequential offload": _sequential,
+    SEQUENTIAL: _sequential,
 }
 RIVALS: dict[str, Callable[[Any], None]] = {
     **PLACES,
@@ -85,179 +128,388 @@ RIVALS: dict[str, Callable[[Any], None]] = {
 }
 """What a user of diffusers alone can switch on, by name."""
 
+THRIFTIEST = (SEQUENTIAL, f"{SEQUENTIAL}, tiles")
 OURS = "auto_optimize"
 
-
-def make_weights(job: str, folder: Path, *, tiny: bool) -> str:
-    """Return the folder of a job's model, made on the GPU if it is not there."""
-    import torch
-
-    from diffusers_turbo.bench.architectures import build
-
-    name = (TINY if tiny else JOBS)[job][0]
-    if tiny:
-        return str(Path(__file__).parents[2] / name)
-    path = folder / name
-    if not path.exists():
-        pipe = build(name, dtype=torch.float16, device="cuda")
-        pipe.save_pretrained(path)
-    return str(path)
+Row = dict[str, Any]
 
 
-def child(given: argparse.Namespace) -> dict[str, Any]:
-    """Run one way of one job in this process."""
-    import torch
-    from diffusers import DiffusionPipeline
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a job is done: one of the rivals or ours, under which cap in bytes, and how many pictures are timed."""
 
-    from diffusers_turbo import auto_optimize, turbo
-    from diffusers_turbo.bench.schedulers import set_scheduler
+    name: str
+    cap: int | None = None
+    rounds: int = 1
+    exact: bool = False
+    fixed: bool = False
 
+
+def apart(work: Callable[[], Row], limit: float) -> Row:
+    """Return what a function returns in a forked process; what ends the process is a result, too."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = FORK.Process(target=_tell, args=(work, sender, said.fileno()))
+        process.start()
+        sender.close()
+        try:
+            if not receiver.poll(limit):
+                return {"failed": f"took longer than {limit:g} s"}
+            row: Row = json.loads(receiver.recv())
+            return row
+        except EOFError:
+            process.join()
+            said.seek(0)
+            return {"failed": (said.read().strip().splitlines() or [f"exit status {process.exitcode}"])[-1][:300]}
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def _tell(work: Callable[[], Row], sender: Any, said: int) -> None:
+    """Be the forked process: free to use CUDA and every thread, and to say what is read if it dies."""
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"], os.environ["CUDA_VISIBLE_DEVICES"]
+    if VISIBLE is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = VISIBLE
+    diffusers.utils.torch_utils.get_device.cache_clear()  # which has found none
+    torch.set_num_threads(THREADS)
+    sender.send(json.dumps(work()))
+
+
+def required(work: Callable[[], Row]) -> Row:
+    """Return what a function returns in a forked process; nothing goes on without."""
+    row = apart(work, 300)
+    if "failed" in row:
+        raise SystemExit(row["failed"])
+    return row
+
+
+def read_machine() -> Row:
+    """Return what the results say of the machine, and the bytes that a CUDA context takes."""
     cuda = torch.cuda.is_available()
-    _, side, scheduler, steps = (TINY if given.tiny else JOBS)[given.job]
-    row: dict[str, Any] = {}
-    cap = None
-    if cuda and given.budget:
-        free, total = torch.cuda.mem_get_info()
-        context = given.context or total - free
-        cap = int(given.budget * GB) - context
-        row |= {"context_bytes": context, "cap_bytes": cap}
-        torch.cuda.set_per_process_memory_fraction(cap / total)
-    pipe: Any = DiffusionPipeline.from_pretrained(given.weights, torch_dtype=torch.float16 if cuda else None)
-    set_scheduler(pipe, scheduler)
-    pipe.set_progress_bar_config(disable=True)
+    free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
+    return {
+        "environment": read_environment("cuda" if cuda else "cpu", measure=False),
+        "context_bytes": total - free,
+    }
 
-    def picture() -> float:
+
+@functools.lru_cache(maxsize=1)
+def load(model: str) -> Any:
+    """Load a model into host memory: a folder of the repository, or an architecture made on the GPU elsewhere."""
+    if (ROOT / model).exists():
+        return _from_folder(ROOT / model, None)
+
+    def save() -> Row:
+        build(model, dtype=torch.float16, device="cuda").save_pretrained(folder)
+        return {}
+
+    with tempfile.TemporaryDirectory(dir=SHARED) as folder:
+        required(save)
+        return _from_folder(Path(folder), torch.float16)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure(pipe: Any, job: Job, way: Way) -> Row:
+    """Do a job in one way in this process, its first to use the GPU; running out of memory is a result, too."""
+    cuda = torch.cuda.is_available()
+    row: Row = {"cap_bytes": way.cap}
+    if cuda and way.cap:
+        torch.cuda.set_per_process_memory_fraction(way.cap / torch.cuda.mem_get_info()[1])
+    try:
+        draw(pipe, job, way, row)
+    except Exception as error:
+        row["out_of_memory" if ran_out_of_memory(error) else "failed"] = in_one_line(error, 300)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        row |= {"peak_allocated_bytes": peak, "peak_reserved_bytes": torch.cuda.max_memory_reserved()}
+        row["whole_peak_bytes"] = max(peak, row.get("whole_peak_bytes", 0))
+    return row
+
+
+def draw(pipe: Any, job: Job, way: Way, row: Row) -> None:
+    """Set a way up, warm it up, and time its pictures."""
+
+    def picture(steps: int) -> float:
         start = time.perf_counter()
-        made = pipe(PROMPT, height=side, width=side, num_inference_steps=steps, output_type="pt").images.cpu()
+        made = pipe(PROMPT, height=job.side, width=job.side, num_inference_steps=steps, output_type="pt").images.cpu()
         row["finite"] = bool(made.isfinite().all())
         return time.perf_counter() - start
 
-    try:
-        if given.way == OURS:
-            budget = cap if cap is not None else given.budget and int(given.budget * GB)
-            options: dict[str, Any] = {"vram_budget": budget, "exact": given.exact}
-            pipe = auto_optimize(pipe, height=side, width=side, steps=steps, **options)
-            report = pipe.turbo_report().plan
-            row["steps"] = {step.action: dict(step.options) for step in report.steps}
-            row["predicted_bytes"] = report.after.peak_bytes if report.after else None
-        elif cuda:
-            RIVALS[given.way](turbo(pipe) if given.fixed else pipe)
-        first = picture()
-        rounds = 1 if first > LONG_S else given.rounds
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        row |= {"first_s": first, "seconds": [picture() for _ in range(rounds)]}
-        row["median_s"] = statistics.median(row["seconds"])
-    except torch.cuda.OutOfMemoryError as error:
-        row["out_of_memory"] = " ".join(str(error).split())[:300]
-    except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if cuda:
+    start = time.perf_counter()
+    set_scheduler(pipe, job.scheduler)
+    set_up(pipe, job, way, row)
+    picture(WARM_UP_STEPS)
+    row["setup_and_first_s"] = time.perf_counter() - start
+    picture(WARM_UP_STEPS)
+    if torch.cuda.is_available():
+        row["whole_peak_bytes"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [picture(job.steps)]
+    if seconds[0] <= LONG_S:
+        seconds += [picture(job.steps) for _ in range(way.rounds - 1)]
+    row |= {"seconds": seconds, "median_s": statistics.median(seconds)}
+    if way.name == OURS:
+        report = pipe.turbo_report()
+        notes = [note for lever in report.levers for note in lever.notes]
+        row |= {"exact": report.exact, "fallbacks": [note for note in notes if note.startswith("out of memory in")]}
+
+
+def set_up(pipe: Any, job: Job, way: Way, row: Row) -> None:
+    """Switch on what makes a way. Hand-made ones need a GPU and change nothing without."""
+    if way.name == OURS:
+        side, steps = job.side, job.steps
+        auto_optimize(pipe, height=side, width=side, steps=steps, vram_budget=way.cap, exact=way.exact)
+        plan = pipe.turbo_report().plan
         row |= {
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            "steps": {step.action: dict(step.options) for step in plan.steps},
+            "predicted_bytes": plan.after.peak_bytes if plan.after else None,
+            "unrestricted": bool(plan.alternatives and plan.alternatives[0].fits),
         }
-    return row
+    elif torch.cuda.is_available():
+        RIVALS[way.name](turbo(pipe) if way.fixed else pipe)
 
 
-def alone(*arguments: str) -> dict[str, Any]:
-    """Run `child` in a process of its own; what ends it is a result, too."""
-    command = [sys.executable, __file__, "-", "--child", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return row
+class Session:
+    """The results, what was asked for, and how long there is."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        """Read what is there already."""
+        self.given = given
+        self.until: float = time.monotonic() + given.seconds
+        self.jobs = TINY if given.tiny else JOBS
+        self.data: dict[str, Any] = {"rivals": {}, "cells": {}, "caps": {}}
+        if given.results.exists():
+            self.data |= json.loads(given.results.read_text())
+
+    @property
+    def late(self) -> bool:
+        """Whether nothing more is to be started."""
+        return time.monotonic() > self.until
+
+    def keep(self, rows: Row, name: str, row: Row) -> None:
+        """Put a row where it belongs, and all into the file."""
+        rows[name] = row
+        self.given.results.write_text(json.dumps(self.data, indent=1) + "\n")
+
+    def run(self, name: str, way: Way) -> Row:
+        """Do a job in one way, and print what came of it."""
+        job, start = self.jobs[name], time.monotonic()
+        pipe = load(job.model)
+        row = apart(lambda: measure(pipe, job, way), self.given.limit)
+        if "forked subprocess" in row.get("failed", ""):
+            raise SystemExit(f"CUDA was started before the fork: {row['failed']}")
+        short = {key: found for key, found in row.items() if key not in ("steps", "seconds")}
+        cap = f"{way.cap / GB:.2f} GiB" if way.cap else "uncapped"
+        print(f"{name}, {cap}, {way.name}, {time.monotonic() - start:.0f} s in all:", short, flush=True)
+        return row
+
+    def rival(self, name: str, way: str) -> Row | None:
+        """Return a rival's uncapped row, run if it is not there; None where it is too late for that."""
+        rows = self.data["rivals"].setdefault(name, {})
+        if way not in rows and not self.late:
+            self.keep(rows, way, self.run(name, Way(name=way, fixed=self.given.fixed)))
+        found: Row | None = rows.get(way)
+        return found
+
+    def cells(self, name: str) -> None:
+        """Run a job's rivals, then its budgets, up to the first beyond which nothing changes."""
+        if None in [self.rival(name, way) for way in RIVALS if way not in self.given.without]:
+            return
+        roomy = None
+        for budget in sorted(self.given.budgets):
+            key = f"{name} {budget:g}"
+            if key not in self.data["cells"] and roomy:
+                self.keep(self.data["cells"], key, {"same_as": roomy})
+            elif key not in self.data["cells"] and not self.late:
+                self.keep(self.data["cells"], key, self.cell(name, int(budget * GB) - self.data["context_bytes"]))
+            if roomy is None and has_room(self.data["cells"].get(key, {}), self.data["rivals"][name]):
+                roomy = key
+
+    def cell(self, name: str, cap: int) -> Row:
+        """Run the fastest rival that really fits a cap, and ours."""
+        capped = functools.partial(Way, cap=cap, rounds=self.given.rounds)
+        found: Row = {"rival_name": None, "rival": None, "failed_rivals": {}}
+        for way in fitting(self.data["rivals"][name], cap):
+            row = self.run(name, capped(name=way, fixed=self.given.fixed))
+            if "median_s" in row:
+                found |= {"rival_name": way, "rival": row}
+                break
+            found["failed_rivals"][way] = row
+        return {**found, "ours": self.run(name, capped(name=OURS, exact=self.given.exact))}
+
+    def caps(self, name: str) -> None:
+        """Try how low a job's cap may be: ours with tiles and without, and the thriftiest rivals at their own peaks."""
+        job = self.jobs[name]
+        if job.tiled_cap:
+            self.capped(name, OURS, int(job.tiled_cap * GB))
+        for cap in lower_and_lower(job.exact_caps):
+            if not _done(self.capped(name, OURS, int(cap * GB), exact=True)):
+                break
+        for way in THRIFTIEST:
+            alone = self.rival(name, way) or {}
+            # what it allocates, and where that is too little in pieces, what it reserves
+            for peak in ("peak_allocated_bytes", "peak_reserved_bytes"):
+                if _done(alone) and _done(self.capped(name, way, alone.get(peak, 0))):
+                    break
+
+    def capped(self, name: str, way: str, cap: int, *, exact: bool = False) -> Row:
+        """Return the row of a cap, run if it is not there and there is time."""
+        key = f"{name} {cap / GB:.2f} {way}{' exact' if exact else ''}"
+        if key not in self.data["caps"] and not self.late:
+            row = self.run(name, Way(name=way, cap=cap, exact=exact, fixed=self.given.fixed, rounds=self.given.rounds))
+            self.keep(self.data["caps"], key, row)
+        found: Row = self.data["caps"].get(key, {})
+        return found
 
 
-def fastest(rivals: dict[str, dict[str, Any]], cap_bytes: float) -> str | None:
-    """Name the fastest hand-made way whose uncapped peak is below a cap, None where none is."""
-    fitting = {
-        name: row["median_s"]
-        for name, row in rivals.items()
-        if "median_s" in row and row.get("peak_allocated_bytes", 0) <= cap_bytes
-    }
-    return min(fitting, key=lambda name: fitting[name], default=None)
+def lower_and_lower(caps: tuple[float, ...]) -> Iterator[float]:
+    """Go through falling caps, and on below them in steps of the last.
+
+    >>> list(lower_and_lower((1.0, 0.8, 0.6)))
+    [1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    yield from caps
+    for number in itertools.count(1) if len(caps) > 1 else ():
+        cap = round(caps[-1] - number * (caps[-2] - caps[-1]), 3)
+        if cap <= 0:
+            return
+        yield cap
 
 
-def table(data: dict[str, Any]) -> list[str]:
-    """Return a Markdown table: a row for each job and budget."""
-    lines = ["| job | budget | hand-made | s | ours | s | ours / hand-made |", "|---|---|---|---|---|---|---|"]
-    for name, row in data["cells"].items():
-        rival, ours = row.get("rival") or {}, row["ours"]
+def fitting(rivals: dict[str, Row], cap: int) -> list[str]:
+    """Name the hand-made ways whose uncapped peak is below a cap, the fastest first."""
+    names = [way for way, row in rivals.items() if _done(row) and row.get("peak_allocated_bytes", 0) <= cap]
+    return sorted(names, key=lambda way: float(rivals[way]["median_s"]))
 
-        def told(found: dict[str, Any]) -> str:
-            return f"{found['median_s']:.2f}" if "median_s" in found else "out of memory" if found else "-"
 
-        both = "median_s" in rival and "median_s" in ours
-        share = f"{ours['median_s'] / rival['median_s']:.2f}" if both else "-"
-        switches = " + ".join(
-            action.removeprefix("enable_") for action in ours.get("steps", {}) if "offload" in action or "vae" in action
-        )
-        job, _, budget = name.partition(" ")
-        cells = (job, f"{budget} GB", row.get("rival_name") or "none fits", told(rival))
-        lines.append("| " + " | ".join((*cells, switches or "resident", told(ours), share)) + " |")
-    return lines
+def has_room(cell: Row, rivals: dict[str, Row]) -> bool:
+    """Whether a cell is the same at every larger budget: no rival is faster, and ours was planned as without one."""
+    fastest = fitting(rivals, sys.maxsize)[:1] == [cell.get("rival_name")]
+    return fastest and _done(cell["ours"]) and cell["ours"]["unrestricted"] is True
+
+
+def _done(row: Row) -> bool:
+    return "median_s" in row
+
+
+def told(row: Row | None) -> str:
+    """Say how long a picture took, or what came instead."""
+    if not row:
+        return "-"
+    return f"{row['median_s']:.2f}" if _done(row) else "out of memory" if "out_of_memory" in row else "failed"
+
+
+def gib(row: Row, name: str) -> str:
+    """Say how many GiB a row's figure is."""
+    return f"{row[name] / GB:.2f}" if row.get(name) else "-"
+
+
+def switches(ours: Row) -> str:
+    """Name the switches for memory that a plan took."""
+    names = [name.removeprefix("enable_") for name in ours.get("steps", {}) if "offload" in name or "vae_t" in name]
+    return " + ".join(names) or RESIDENT
+
+
+def kind(ours: Row) -> str:
+    """Say whether ours draws what the model draws, and whether memory ran out on the way."""
+    if not _done(ours):
+        return "-"
+    exact = "exact" if ours["exact"] else "lossy (tiles)"
+    return f"{exact}, after running out of memory" if ours["fallbacks"] else exact
+
+
+def as_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows)]
+
+
+def share(cell: Row) -> float | None:
+    """Return how long ours takes beside the rival, None where one of them made no picture."""
+    rival, ours = cell["rival"] or {}, cell["ours"]
+    return ours["median_s"] / rival["median_s"] if _done(rival) and _done(ours) else None
+
+
+def budget_table(cells: dict[str, Row]) -> list[str]:
+    """Return a row for each job and budget, and a line that counts them."""
+    head = ("job", "budget", "hand-made", "s", "ours", "picture", "s", "ours / hand-made", "GiB predicted", "measured")
+    rows, shares, lost, alone = [], [], 0, 0
+    for key, cell in cells.items():
+        job, _, budget = key.partition(" ")
+        if "same_as" in cell:
+            rows.append((job, f"{budget} GB", f"as with {cell['same_as'].partition(' ')[2]} GB", *("",) * 7))
+            continue
+        ours, beside = cell["ours"], share(cell)
+        lost += not _done(ours)
+        alone += _done(ours) and beside is None
+        shares += [] if beside is None else [beside]
+        rival = (cell["rival_name"] or "none fits", told(cell["rival"]))
+        mine = (switches(ours), kind(ours), told(ours), "-" if beside is None else f"{beside:.2f}")
+        memory = (gib(ours, "predicted_bytes"), gib(ours, "peak_allocated_bytes"))
+        rows.append((job, f"{budget} GB", *rival, *mine, *memory))
+    counts = (
+        f"{len(shares) + alone + lost} cells: ours ahead in {sum(found < 1 for found in shares)}, behind by up to 10 % "
+        f"in {sum(1 <= found <= 1.1 for found in shares)}, by more in {sum(found > 1.1 for found in shares)}, the only "
+        f"one that fits in {alone}, out of memory or failed in {lost}"
+    )
+    return [*as_table(head, rows), "", counts]
+
+
+def rival_table(rivals: dict[str, dict[str, Row]]) -> list[str]:
+    """Return what each rival takes uncapped."""
+    rows = [
+        (job, way, gib(row, "peak_allocated_bytes"), gib(row, "peak_reserved_bytes"), told(row))
+        for job, found in rivals.items()
+        for way, row in found.items()
+    ]
+    return as_table(("job", "hand-made, uncapped", "GiB allocated", "reserved", "s"), rows)
+
+
+def cap_table(caps: dict[str, Row]) -> list[str]:
+    """Return what became of each cap."""
+    rows = []
+    for key, row in caps.items():
+        job, cap, way = key.split(" ", 2)
+        ours = (switches(row), kind(row)) if way.startswith(OURS) else ("", "")
+        rows.append((job, f"{cap} GiB", way, *ours, gib(row, "whole_peak_bytes"), told(row)))
+    return as_table(("job", "hard cap", "way", "switches", "picture", "GiB allocated", "s"), rows)
 
 
 def main() -> None:
-    """Run what is not in the file yet and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run what is not in the file yet and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--seconds", type=float, default=500, help="start nothing after this long")
+    parser.add_argument("--limit", type=float, default=150, help="how many seconds a process may take")
     parser.add_argument("--jobs", nargs="+", help=", ".join(JOBS))
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS_GB)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without", nargs="+", default=(), metavar="WAY", help="hand-made ways that are left out")
+    parser.add_argument("--caps", action="store_true", help="how low a cap may be, instead of the budgets")
+    parser.add_argument("--rounds", type=int, default=3, help=f"pictures under a cap, if they take up to {LONG_S:g} s")
     parser.add_argument("--exact", action="store_true", help="forbid ours to tile")
     parser.add_argument("--fixed", action="store_true", help="hand-made ways through this package's own offload")
     parser.add_argument("--tiny", action="store_true", help="the emoji model, on a CPU")
-    for hidden in ("--child", "--job", "--way", "--weights"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS, **({"action": "store_true"} if hidden == "--child" else {}))
-    for hidden in ("--budget", "--context"):
-        parser.add_argument(hidden, type=float, default=0, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        print(json.dumps(child(given)))
-        return
-    import torch
-
-    from diffusers_turbo.bench.environment import read_environment
-
-    cuda, until = torch.cuda.is_available(), time.monotonic() + given.seconds
-    data = json.loads(given.results.read_text()) if given.results.exists() else {"rivals": {}, "cells": {}}
-    context = 0
-    if cuda:
-        free, total = torch.cuda.mem_get_info()
-        context = total - free
-    data |= {"environment": read_environment("cuda" if cuda else "cpu", measure=False), "context_bytes": context}
-    flags = [name for name in ("--tiny", "--exact", "--fixed") if getattr(given, name[2:])]
-
-    def run(job: str, way: str, budget: float) -> dict[str, Any]:
-        row = alone(
-            *("--job", job, "--way", way, "--weights", weights, "--budget", str(budget), "--context", str(context)),
-            *("--rounds", str(given.rounds), *flags),
-        )
-        told = {name: found for name, found in row.items() if name not in ("steps", "seconds")}
-        print(job, budget or "uncapped", way, told, flush=True)
-        return row
-
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        for job in given.jobs or (TINY if given.tiny else JOBS):
-            weights = make_weights(job, Path(folder), tiny=given.tiny)
-            rivals = data["rivals"].setdefault(job, {})
-            for way in RIVALS:
-                if way not in rivals and time.monotonic() < until:
-                    rivals[way] = run(job, way, 0)
-                    given.results.write_text(json.dumps(data, indent=1) + "\n")
-            for budget in given.budgets:
-                name = f"{job} {budget:g}"
-                if name in data["cells"] or time.monotonic() > until or len(rivals) < len(RIVALS):
-                    continue
-                rival = fastest(rivals, budget * GB - context)
-                cell = {"rival_name": rival, "rival": run(job, rival, budget) if rival else None}
-                data["cells"][name] = cell | {"ours": run(job, OURS, budget)}
-                given.results.write_text(json.dumps(data, indent=1) + "\n")
-    print("\n".join(table(data)))
+    session = Session(parser.parse_args())
+    # threads that compute do not survive a fork, nor do those of progress bars
+    torch.set_num_threads(1)
+    for library in (diffusers.utils, transformers.utils):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    session.data |= required(read_machine)
+    work = session.caps if session.given.caps else session.cells
+    for name in session.given.jobs or session.jobs:
+        if not session.late:
+            work(name)
+    tables = (rival_table(session.data["rivals"]), budget_table(session.data["cells"]), cap_table(session.data["caps"]))
+    print("\n\n".join("\n".join(lines) for lines in tables))
 
 
 if __name__ == "__main__":
