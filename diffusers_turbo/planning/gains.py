@@ -99,8 +99,8 @@ TIER_GAINS: dict[str, TierGain] = {
         compiled_source="docs/benchmarks/tiers-sd15-h100.json",
     ),
     "sdxl": TierGain(
-        plain_ms=2761,
-        instant_ms=907,
+        plain_ms=2581,
+        instant_ms=894,
         steps=30,
         setting="SDXL, 1024x1024, 30 steps, VAE in float16, H100",
         source="docs/benchmarks/instant-h100/sdxl-fp16-vae/results.json",
