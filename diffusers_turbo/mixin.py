@@ -322,6 +322,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         pin_memory: bool = True,
         pinned_bytes: int | str | None = None,
         denoiser_leaves: bool = False,
+        by_layers: str | tuple[str, ...] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """Exact: as much of the denoiser on the GPU as fits, the rest streamed while what is before it computes.
@@ -339,7 +340,12 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
                 from ordinary memory, which is slower.
             denoiser_leaves: send what stays of the denoiser away as well while another component works: the VAE, and at
                 the next picture the text encoders.
+            by_layers: names of other components that do not come whole but layer by layer, each as it works: text
+                encoders may be larger than all that is there of the denoiser.
             device: the accelerator, by default the one there is.
+
+        Raises:
+            NotSupportedError: no accelerator, or a component named in `by_layers` is not there.
         """
         self._enable(
             opt.PartialOffload(
@@ -347,6 +353,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
                 pin_memory=pin_memory,
                 pinned_bytes=pinned_bytes,
                 denoiser_leaves=denoiser_leaves,
+                by_layers=by_layers,
                 device=device,
             )
         )

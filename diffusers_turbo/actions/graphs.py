@@ -27,11 +27,12 @@ from .undo import Journal, journaling
 class GraphedModule(ScopedCallOver):
     """One module whose calls are captured; also the call scope that has it looked at once a call of the pipeline."""
 
+    owner: nn.Module | None = None
     max_graphs: int = 8
 
     def make(self, inner: Callable[..., Any]) -> GraphedCall:
         """Return the module's graphs, over its call, compiled or not."""
-        return GraphedCall(self.module, inner, self.max_graphs)
+        return GraphedCall(self.module, inner, self.max_graphs, self.owner)
 
     def revert(self) -> str | None:
         """Release the graphs and give the module its own call back."""
@@ -53,8 +54,8 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
         do = "switch that off first, or leave graphs off"
         raise NotSupportedError(explain_failure(tried, reason, "a denoiser that stays where it is", do))
     with journaling() as journal:
-        for module in _targets(pipe):
-            change = GraphedModule(module, max_graphs=options.max_graphs)
+        for module, owner in _targets(pipe):
+            change = GraphedModule(module, owner=owner, max_graphs=options.max_graphs)
             change.install()
             journal.add(change)
             journal.scopes.append(change)
@@ -62,12 +63,14 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
     return journal
 
 
-def _targets(pipe: Any) -> list[nn.Module]:
+def _targets(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
     """Return the modules that a pipeline calls as a whole, each with weights on one device, or brought there.
+
+    With each comes the component that it belongs to.
 
     A VAE is entered through `decode` and `encode`, which call its halves.
     """
-    found: list[nn.Module] = []
+    found: list[tuple[nn.Module, nn.Module]] = []
     parts: list[Any]
     for name, component in modules_of(pipe).items():
         if name == "vae":
@@ -76,7 +79,7 @@ def _targets(pipe: Any) -> list[nn.Module]:
             parts = []
         else:
             parts = networks_in(component)
-        found += [part for part in parts if isinstance(part, nn.Module) and _on_one_device(part)]
+        found += [(part, component) for part in parts if isinstance(part, nn.Module) and _on_one_device(part)]
     return found
 
 

@@ -170,10 +170,19 @@ class Ledger:
                 raise ActionFailedError(
                     explain_failure(f"{new.action}()", found, needed, "see the error above this one")
                 ) from error
+            finally:
+                self._look_again()
         if wanted:
             self.slots[slot] = wanted
         else:
             self.slots.pop(slot, None)
+
+    def _look_again(self) -> None:
+        """Have what looks at modules once a call do so again: a callback may throw a switch between two steps."""
+        for lever in self.in_force():
+            for change in lever.journal.changes if lever.journal else ():
+                if (look_again := getattr(getattr(change, "call", None), "look_again", None)) is not None:
+                    look_again()
 
     def _put_on(self, pipe: Any, *levers: Lever | None) -> None:
         """Apply these levers in order, leaving out those that are on."""

@@ -6,7 +6,7 @@ stay (`planning.residents`), and where the others wait: in page-locked memory as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotSupportedError, explain_failure
 from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline
+from ..modules import modules_in
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
 from ..planning.residents import WINDOW, aligned, choose_streamed, join_neighbours
@@ -26,7 +28,21 @@ from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
 from .page_locked import can_pin, pin
 from .streaming import HOST, Group, Loan, Unit, Window, bring, extent, units_of, weights_of
-from .undo import Journal, journaling, owned, put
+from .undo import ABSENT, Journal, journaling, owned, put
+
+
+@dataclass(frozen=True)
+class Passing:
+    """A component that comes layer by layer: its weights as they were seen, those that stay meanwhile, its layers."""
+
+    weights: list[Tensor]
+    fixed: tuple[Tensor, ...]
+    modules: set[nn.Module]
+
+    def is_of(self, weights: list[Tensor]) -> bool:
+        """Whether a component has these weights still, and no others."""
+        same = len(weights) == len(self.weights)
+        return same and all(now is then for now, then in zip(weights, self.weights, strict=True))
 
 
 @dataclass(eq=False)
@@ -40,6 +56,8 @@ class PartialResidency:
         fixed: weights of modules that have layers below them: they stay.
         groups: what was learnt: groups in the order in which they work; None before the first forward has ended.
         streamed: those of them that do not stay.
+
+    Of the other components those that the options name come layer by layer.
     """
 
     device: torch.device
@@ -52,6 +70,7 @@ class PartialResidency:
     streamed: list[Group] = field(default_factory=list)
     pinned_bytes: int = 0
     trouble: str = ""
+    _passing: dict[str, Passing] = field(default_factory=dict)
     _known: tuple[Any, ...] = ()
     _hooked: list[tuple[nn.Module, Any]] = field(default_factory=list)
     _group_of: dict[Unit, Group] = field(default_factory=dict)
@@ -96,6 +115,7 @@ class PartialResidency:
         self._visiting.forget()
         self._over = True
         self.units.clear()
+        self._passing.clear()
         self.groups, self.streamed, self._sequence = None, [], []
         self._group_of.clear()
 
@@ -127,7 +147,7 @@ class PartialResidency:
                 self._close_window()
                 if self.options.denoiser_leaves:
                     self._send_denoiser()
-                self._visiting.bring(weights_of(self.others[component]), faithful=self._in_call)
+                self._visiting.bring(self._visitors(component), faithful=self._in_call)
                 self._working = component
             return
         self._send_others()
@@ -164,7 +184,7 @@ class PartialResidency:
         """Have a layer's weights on the device, and fetch the group after its own."""
         group = self._group_of.get(unit)
         if group is None or self._window is None:
-            if self.groups is None:
+            if self.groups is None and self._working is None:
                 self._visits.append(unit)
             self._alone[unit] = tuple(tensor.data for tensor in unit.tensors)
             bring(unit.tensors, self.device)
@@ -190,8 +210,25 @@ class PartialResidency:
         """Whether the denoiser comes whole and stays as long as it works."""
         return self.groups is not None and not self.streamed
 
+    def _visitors(self, component: str) -> Iterable[Tensor]:
+        """Return the weights of a component that are there as long as it works; hook its layers if they come alone."""
+        module = self.others[component]
+        weights = weights_of(module)
+        if component not in self.options.alone:
+            return weights
+        passing = self._passing.get(component)
+        if passing is None or not passing.is_of(weights):  # others have come or gone, such as a LoRA's
+            before = set() if passing is None else passing.modules
+            self._unhook(keep=tuple(part for part, _ in self._hooked if part not in before))
+            units, fixed = units_of({component: module})
+            self._passing[component] = passing = Passing(weights, fixed, {unit.module for unit in units})
+            for unit in units:
+                self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+        return passing.fixed
+
     def _begin_to_learn(self) -> None:
-        self._unhook(keep=(*self.looped.values(), *self.others.values()))
+        layers = {module for passing in self._passing.values() for module in passing.modules}
+        self._unhook(keep=(*self.looped.values(), *self.others.values(), *layers))
         self._close_window()
         self._send_denoiser()
         self.groups, self.streamed, self._sequence = None, [], []
@@ -284,10 +321,10 @@ class PartialResidency:
             self._working = None
 
     def _send_denoiser(self) -> None:
-        for module in self.looped.values():
+        self._here = False
+        for module in modules_in(*self.looped.values()):
             release_recorded(module)
         self._staying.end()
-        self._here = False
 
     def _send_alone(self) -> None:
         for unit in list(self._alone):
@@ -316,7 +353,8 @@ class PartialResidency:
         for module, forward in self._hooked:
             if id(module) not in kept:
                 remove_hook_from_module(module)
-                put(module, "forward", forward)
+                # one that was taken back under the hook is nobody's any more
+                put(module, "forward", ABSENT if getattr(forward, "lifted", False) else forward)
         self._hooked = [(module, forward) for module, forward in self._hooked if id(module) in kept]
 
 
@@ -331,6 +369,11 @@ def apply(pipe: Any, options: PartialOffload) -> Journal:
     names = sorted((name for name in modules if roles.get(name) in LOOPED_ROLES), key=lambda name: name == denoiser)
     looped = {name: modules[name] for name in names}
     others = {name: module for name, module in modules.items() if name not in looped}
+    if missing := sorted(set(options.alone) - set(others)):
+        needed = f"names among {', '.join(others) or 'none: there is no other component'}"
+        raise NotSupportedError(
+            explain_failure(tried, f"by_layers={', '.join(missing)}", needed, "name components of this pipeline")
+        )
     with journaling() as journal:
         journal.add(Placement.of(pipe))
         residency = PartialResidency(device, options, looped, others)
@@ -341,4 +384,6 @@ def apply(pipe: Any, options: PartialOffload) -> Journal:
         rest = "" if options.keeps_all else "the rest is streamed; "
         journal.note(f"{share} of {', '.join(looped)} stay on {device} between steps")
         journal.note(f"{rest}{', '.join(others) or 'nothing else'} come to work and leave")
+        if options.alone:
+            journal.note(f"{', '.join(options.alone)} layer by layer")
     return journal

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
-from ..modules import bring_of, device_of
+from ..modules import bring_of, device_of, is_hooked
 from .capture import CAPTURES, Capture
 from .inputs import StaticInputs
 from .signature import MODE, Signature, flatten, signature_of, unflatten
@@ -50,15 +50,18 @@ class Graph:
 class GraphedCall:
     """Stands where `nn.Module` keeps its compiled call, over the module's own (or compiled) call."""
 
-    def __init__(self, module: nn.Module, inner: Callable[..., Any], max_graphs: int) -> None:
+    def __init__(
+        self, module: nn.Module, inner: Callable[..., Any], max_graphs: int, owner: nn.Module | None = None
+    ) -> None:
         """Make the call of a module.
 
         Args:
             module: whose call it is; for a function beside that, the list of all modules it computes with.
             inner: what computes it: the compiled call, `module._call_impl`, or that function.
             max_graphs: how many captures to keep; the least recently used goes first.
+            owner: the component that it is a part of, whose offload moves its weights.
         """
-        self.module, self.inner, self.max_graphs = module, inner, max_graphs
+        self.module, self.inner, self.max_graphs, self.owner = module, inner, max_graphs, owner
         self.device = device_of(module)
         self.graphs: OrderedDict[Signature, Graph] = OrderedDict()
         self.captured = self.replayed = self.eager = 0
@@ -135,17 +138,23 @@ class GraphedCall:
     def _looked(self) -> Watch:
         """Return the watch over the modules; a first look in a call of the pipeline drops the graphs after a change."""
         if self._watch is None:
-            self._watch, self.reason = Watch(self.module), why_not_capturable(self.module)
+            self._watch, self.reason = Watch(self.module), self._why_not()
         elif not (self._checked and self._calls_inside) and self._watch.changed():
-            self.reason = why_not_capturable(self.module)
-            self.device = device_of(self.module)
+            self.reason = self._why_not()
+            before, self.device = self.device, device_of(self.module)
             # moved weights have the kernels chosen already; unless they move at every other call, it is worth recording
-            if self._watch.moved and self.replayed > 2 * self.captured:
+            if self._watch.moved and self.device == before and self.replayed > 2 * self.captured:
                 self.release()
             else:
                 self.clear()
         self._checked = True
         return self._watch
+
+    def _why_not(self) -> str | None:
+        """Return why calls must not be captured: for what hangs on the module, or on the component it is a part of."""
+        if self.owner is not None and is_hooked(self.owner) and bring_of(self.owner) is None:
+            return f"its {type(self.owner).__name__} carries offload hooks, which move its weights between calls"
+        return why_not_capturable(self.module)
 
     def _remember(self, key: Signature) -> None:
         self._seen[key] = None
@@ -175,18 +184,18 @@ class GraphedCall:
         return graph
 
     def release(self) -> None:
-        """Give the memory of every graph back; what was seen is recorded at its next sight."""
+        """Give the memory of every graph back; what was seen is recorded at its next sight, or tried again."""
         with self._lock:
             for graph in self.graphs.values():
                 graph.release()
             self.graphs.clear()
+            self._refused.clear()
 
     def clear(self) -> None:
         """Release every graph and forget what was seen."""
         with self._lock:
             self.release()
             self._seen.clear()
-            self._refused.clear()
 
     def tell(self) -> str:
         """Say whose graphs these are, and what happened so far."""

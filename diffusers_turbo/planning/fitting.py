@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .memory import LOOPED_ROLES
 from .options import (
     GroupOffload,
     MemoryFallback,
@@ -50,6 +51,11 @@ class Rung:
         """How many borders between tiles cross a picture, by the measure of the smallest tile; 0 without tiles."""
         sizes = [option.tile_size for option in self.options if isinstance(option, VAETiling)]
         return max((TILE_SIZES[-1] / size for size in sizes if size), default=0.0)
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether components beside the denoiser come layer by layer."""
+        return any(isinstance(option, PartialOffload) and bool(option.alone) for option in self.options)
 
     @property
     def streams(self) -> bool:
@@ -177,7 +183,13 @@ def _wholes(situation: Situation) -> tuple[Options, ...]:
 def _offload_options(situation: Situation) -> tuple[Options, ...]:
     if offload_trouble(situation):
         return ()
-    return _offloads(situation, PartialOffload(denoiser_leaves=True, device=_offload_device(situation)))
+    partial = PartialOffload(denoiser_leaves=True, device=_offload_device(situation))
+    # what is there beside the denoiser may be larger than all that has to be of it
+    parts = situation.pipeline.components
+    texts = tuple(part.name for part in parts if part.role in ("text_encoder", "image_encoder"))
+    others = tuple(part.name for part in parts if part.role not in LOOPED_ROLES)
+    alone = (replace(partial, by_layers=names) for names in dict.fromkeys((texts, others)) if names)
+    return (*_offloads(situation, partial), *alone)
 
 
 def _offloads(situation: Situation, partial: PartialOffload) -> tuple[Options, ...]:
@@ -284,15 +296,19 @@ def _why_taken(
 ) -> str:
     before = _cheapest_without(option, tried, chosen)
     numbers = f"needs {gib(before)} without it and {gib(chosen.needed_bytes)} with this plan, {gib(usable)} are usable"
+    if before <= usable and not chosen.missed_seconds:
+        spared = max(item.missed_seconds for item in tried)
+        graphs = f"not with CUDA graphs, which spare up to {spared:.1f} s a call"
+        numbers = f"would fit without it, but {graphs}; it {numbers}"
     if isinstance(option, VAETiling):
         return f"No exact plan fits: it {numbers}. LOSSY: {VAETiling.lossy_reason}."
     if isinstance(option, VAESlicing):
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
-    seconds = (
-        f"up to {chosen.moving_seconds:.1f} s to a call of {situation.request.steps} steps at the bus rates of an H100"
-    )
+    long = chosen.moving_seconds >= 0.1
+    time = f"{chosen.moving_seconds:.1f} s" if long else f"{1000 * chosen.moving_seconds:.0f} ms"
+    seconds = f"up to {time} to a call of {situation.request.steps} steps at the bus rates of an H100"
     if isinstance(option, PartialOffload):
         meanwhile = "leave while other components work" if option.denoiser_leaves else "stay between pictures too"
         if option.resident_bytes is None:
@@ -301,9 +317,10 @@ def _why_taken(
                 f"The pipeline {numbers}. The denoiser is there whole while it works and {whole}; text encoders and "
                 f"VAE come and go, which adds {seconds}."
             )
+        alone = f"; {', '.join(option.alone)} come layer by layer" if option.alone else ""
         return (
             f"The pipeline {numbers}. {gib(int(option.resident_bytes))} of the denoiser fill the room there is and "
-            f"{meanwhile}; the rest is copied at every step, which adds {seconds}, less what computing hides."
+            f"{meanwhile}; the rest is copied at every step, which adds {seconds}, less what computing hides{alone}."
         )
     return f"The pipeline {numbers}. Moving its weights adds {seconds}."
 

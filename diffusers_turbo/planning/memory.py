@@ -335,8 +335,12 @@ def _partly(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...], of
         leaf = max((_scaled(part, part.largest_leaf_bytes, facts, switches) for part in looped), default=0)
         return min(whole, resident_bytes + WINDOW * leaf)
     working = [part for part in facts.components if part.role in roles]
-    held = max((_scaled(part, part.parameter_bytes, facts, switches) for part in working), default=0)
+    held = max((_scaled(part, _visiting_bytes(part, offload), facts, switches) for part in working), default=0)
     return held + (0 if offload.denoiser_leaves else resident_bytes)
+
+
+def _visiting_bytes(part: ComponentFacts, offload: PartialOffload) -> int:
+    return part.largest_leaf_bytes if part.name in offload.alone else part.parameter_bytes
 
 
 def offload_in_force(facts: PipelineFacts, switches: Switches) -> Options | None:

@@ -123,6 +123,10 @@ def make_plan(
         fitting = [item for item in tried if usable is not None and item.needed_bytes <= usable]
         if moves_weights(rung.options) and not rung.exact and any(item.exact for item in fitting):
             continue  # neither as exact as what fits, nor free
+        if rung.by_layers and any(
+            item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in fitting
+        ):
+            continue  # components need not come by layers where they fit whole
         # where all of the denoiser has room, nothing is gained by streaming a part of it
         whole = any(item.moving_seconds == 0 or item.rung.has(PartialOffload) for item in fitting)
         if usable is not None and rung.streams and not whole:

@@ -255,14 +255,20 @@ class ByShare(Residency):
     """
 
     def __init__(
-        self, weights: Weights, allocator: Allocator, looped: Sequence[str], resident_bytes: int, *, leaves: bool
+        self,
+        weights: Weights,
+        allocator: Allocator,
+        looped: Sequence[str],
+        resident_bytes: int,
+        *,
+        leaves: bool,
+        by_layers: Sequence[str] = (),
     ) -> None:
         super().__init__(weights, allocator)
         self.looped, self.leaves = looped, leaves
+        self.alone = {layer for component in by_layers for layer in _layers(weights.owners(component))[0]}
         owners = [owner for component in looped for owner in weights.owners(component)]
-        above = {owner[:end] for owner in owners for end in range(len(owner)) if owner[end] == "."}
-        layers = [owner for owner in owners if owner not in above]
-        fixed = [owner for owner in owners if owner in above]
+        layers, fixed = _layers(owners)
         size = {owner: sum(map(aligned, weights.sizes[owner])) for owner in owners}
         groups = join_neighbours([size[owner] for owner in layers])
         sizes = [sum(size[layers[index]] for index in group) for group in groups]
@@ -279,7 +285,9 @@ class ByShare(Residency):
             self._bring(self.staying)
 
     def enter(self, path: str) -> None:
-        """Bring a component in, after sending away what it does not work with."""
+        """Bring a component in, after sending away what it does not work with; or a layer that comes alone."""
+        if path in self.alone:
+            self.load(path)
         if path not in self.weights.order:
             return
         if path in self.looped:
@@ -295,8 +303,13 @@ class ByShare(Residency):
             if self.leaves:
                 for owner in self.staying:
                     self.unload(owner)
-            self._bring(self.weights.owners(path))
+            self._bring([owner for owner in self.weights.owners(path) if owner not in self.alone])
             self.working = path
+
+    def leave(self, path: str) -> None:
+        """Send a layer away that came alone."""
+        if path in self.alone:
+            self.unload(path)
 
     def _send_working(self) -> None:
         if self.working is not None:
@@ -307,6 +320,12 @@ class ByShare(Residency):
     def _bring(self, owners: Sequence[str]) -> None:
         for owner in owners:
             self.load(owner)
+
+
+def _layers(owners: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell owners of weights that have none below them from those that have."""
+    above = {owner[:end] for owner in owners for end in range(len(owner)) if owner[end] == "."}
+    return [owner for owner in owners if owner not in above], [owner for owner in owners if owner in above]
 
 
 def residency_of(
@@ -322,7 +341,7 @@ def residency_of(
         leaves = offload.denoiser_leaves
         owners = [owner for component in looped for owner in weights.owners(component)]
         most = sum(aligned(size) for owner in owners for size in weights.sizes[owner])
-        return ByShare(weights, allocator, looped, offload.stays(most), leaves=leaves)
+        return ByShare(weights, allocator, looped, offload.stays(most), leaves=leaves, by_layers=offload.alone)
     if isinstance(offload, ModelOffload):
         return ByModel(weights, allocator)
     if isinstance(offload, SequentialOffload):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import page_locked, partial_offload
-from diffusers_turbo.actions.streaming import Window
+from diffusers_turbo.actions.partial_offload import PartialResidency
+from diffusers_turbo.actions.streaming import Window, units_of
 from diffusers_turbo.planning.residents import window_bytes
 from tests import tiny
 from tests.actions.streamed import EVERYTHING, Device, residency_of
@@ -199,3 +201,64 @@ def test_without_an_accelerator_it_is_refused():
 def test_arguments_are_checked(arguments, text):
     with pytest.raises(TurboError, match=text):
         turbo(tiny.sd()).enable_partial_offload(**arguments, device="cpu")
+
+
+OTHERS = {"sd": ("text_encoder", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "vae")}
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
+def test_components_that_come_layer_by_layer(make, device, monkeypatch):
+    """No more of them is there than the largest layer, and what belongs to no layer."""
+    pipe = turbo(make())
+    names = OTHERS[make.__name__]
+    stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
+    pipe.enable_partial_offload(0, by_layers=names, device="cpu:0")
+    for _ in range(2):
+        assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    assert f"{', '.join(names)} layer by layer" in str(pipe.turbo_report())
+    enter = PartialResidency.enter
+    monkeypatch.setattr(PartialResidency, "enter", lambda self, unit: (enter(self, unit), device.look(pipe)))
+    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    for name in names:
+        units, fixed = units_of({name: getattr(pipe, name)})
+        largest = max(sum(tensor.nbytes for tensor in unit.tensors) for unit in units)
+        whole = sum(parameter.nbytes for parameter in getattr(pipe, name).parameters())
+        assert 0 < device.peaks[name] <= largest + sum(tensor.nbytes for tensor in fixed) < whole
+    pipe.disable_offload()
+    assert differences(before, state_of(pipe)) == []
+    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+
+
+def test_layers_of_other_components_are_hooked_anew_where_weights_come_and_go(device):
+    pipe, plain = turbo(tiny.sd()), tiny.sd()
+    pipe.enable_partial_offload(300_000, by_layers="text_encoder", device="cpu:0")
+    stock = tiny.picture(pipe)
+    for each in (pipe, plain):
+        torch.manual_seed(1)
+        each.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert torch.equal(tiny.picture(pipe), tiny.picture(plain))
+    lora = [part for name, part in pipe.text_encoder.named_modules() if name.endswith("lora_A.default")]
+    assert lora
+    assert all("_hf_hook" in vars(part) for part in lora)
+    pipe.text_encoder.delete_adapter("default")
+    assert torch.equal(tiny.picture(pipe), stock)
+
+
+def test_a_vae_that_is_cast_comes_by_layers_too():
+    pipe = turbo(tiny.sdxl())
+    pipe.enable_half_precision("float16")
+    stock, before = tiny.picture(pipe), state_of(pipe)
+    pipe.enable_partial_offload(200_000, by_layers=("vae", "text_encoder_2"), device="cpu:0")
+    for _ in range(2):
+        assert torch.equal(tiny.picture(pipe), stock)
+    pipe.disable_offload()
+    assert differences(before, state_of(pipe)) == []
+
+
+def test_names_of_components_that_are_not_there():
+    pipe = turbo(tiny.sd())
+    with pytest.raises(TurboError, match=r"found by_layers=unet; needed: names among vae, text_encoder"):
+        pipe.enable_partial_offload(0, by_layers=("vae", "unet"), device="cpu:0")
+    with pytest.raises(TurboError, match="names of components"):
+        pipe.enable_partial_offload(0, by_layers=(3,), device="cpu:0")
+    assert pipe.turbo_report().levers == ()

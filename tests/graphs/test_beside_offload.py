@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from peft import LoraConfig
 
 from diffusers_turbo import turbo
 from diffusers_turbo.actions.ahead import AheadCall, graphs_of
 from diffusers_turbo.actions.calls import COMPILED
 from diffusers_turbo.actions.partial_offload import PartialResidency
+from diffusers_turbo.actions.streaming import Loan
 from diffusers_turbo.errors import NotSupportedError
+from diffusers_turbo.graphs.capture import CAPTURES
 from tests import tiny
 from tests.actions.starved import Starved, actions, on
 from tests.graphs.fake import FakeCapture
@@ -20,6 +26,21 @@ DEVICE = "cpu:0"
 """Is not "cpu": weights on it are copies, as on a GPU."""
 
 AHEAD = ("enable_time_projections", "enable_prompt_projections", "enable_shared_guidance")
+
+
+@pytest.fixture(autouse=True)
+def what_left_is_not_a_number(monkeypatch):
+    """Weights that went home leave NaN where they were: a graph that still reads there shows it."""
+    end = Loan.end
+
+    def spoilt(self):
+        copies = [(tensor, tensor.data) for tensor in self._away]
+        end(self)
+        for tensor, held in copies:
+            if held.data_ptr() != tensor.data_ptr() and held.is_floating_point():
+                held.fill_(torch.nan)
+
+    monkeypatch.setattr(Loan, "end", spoilt)
 
 
 def recorded(pipe):
@@ -151,6 +172,115 @@ def test_weights_and_adapters_that_change_between_calls_and_steps():
     for each in (pipe, plain):
         each.unet.delete_adapters("default")
     assert torch.equal(tiny.picture(pipe, steps=4), tiny.picture(plain, steps=4))
+
+
+@pytest.mark.parametrize("work", ["encode", "decode"])
+@pytest.mark.parametrize("first", ["graphs", "offload"])
+def test_a_callback_that_has_other_components_work_between_the_steps(first, work):
+    """The denoiser leaves and comes back in one call of the pipeline, and so does the VAE."""
+    made: dict[str, list] = {"ours": [], "stock": []}
+
+    def between(name):
+        def callback(pipe, step, timestep, tensors):
+            if work == "encode":
+                made[name].append(pipe.encode_prompt("another", "cpu", 1, True)[0])
+            else:
+                made[name].append(pipe.vae.decode(tensors["latents"].clone()).sample)
+            return {}
+
+        return callback
+
+    pipe, plain = turbo(tiny.sd()), tiny.sd()
+    if first == "graphs":
+        pipe.enable_cuda_graphs()
+    offloaded(pipe)
+    for _ in range(2):
+        ours = tiny.picture(pipe, steps=6, callback_on_step_end=between("ours"))
+        stock = tiny.picture(plain, steps=6, callback_on_step_end=between("stock"))
+        assert torch.allclose(ours, stock, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made["ours"], made["stock"], strict=True))
+    assert FakeCapture.alive == 0
+
+
+@pytest.mark.parametrize("first", ["graphs", "offload"])
+def test_graphs_of_several_controlnets_leave_with_them(first):
+    torch.manual_seed(1)
+    base = tiny.sd()
+    net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 16, 16)).eval()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    parts = {name: part for name, part in base.components.items() if name != "safety_checker"}
+    parts |= {"controlnet": MultiControlNetModel([net, copy.deepcopy(net)]), "safety_checker": None}
+    pipe = turbo(StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+    pipe.set_progress_bar_config(disable=True)
+
+    def encode(pipe, step, timestep, tensors):
+        pipe.encode_prompt("another", "cpu", 1, True)
+        return {}
+
+    arguments = {"image": [torch.ones(1, 3, 64, 64)] * 2, "controlnet_conditioning_scale": [1.0, 0.5]}
+    arguments |= {"height": 64, "width": 64, "steps": 4}
+    stock = tiny.picture(pipe, **arguments)
+    if first == "graphs":
+        pipe.enable_cuda_graphs()
+    offloaded(pipe)
+    for callback in (None, encode, None):
+        ours = tiny.picture(pipe, **arguments, callback_on_step_end=callback)
+        assert torch.allclose(ours, stock, atol=1e-5)
+    assert FakeCapture.alive == 0
+
+
+@pytest.mark.parametrize("then", ["enable_model_cpu_offload", "enable_group_offload", "disable_offload"])
+def test_an_offload_that_is_switched_between_two_steps_ends_the_graphs_of_before(then):
+    pipe = offloaded()
+    replays = []
+
+    def switch(pipe, step, timestep, tensors):
+        if step == 2:
+            options = {"enable_model_cpu_offload": {"device": "cpu"}, "enable_group_offload": {"onload_device": "cpu"}}
+            getattr(pipe, then)(**options.get(then, {}))
+            replays.append(recorded(pipe).replayed)
+        return {}
+
+    stock = tiny.picture(tiny.sd(), steps=6)
+    assert torch.allclose(tiny.picture(pipe, steps=6, callback_on_step_end=switch), stock, atol=1e-5)
+    graphs = recorded(pipe)
+    if then == "disable_offload":
+        assert graphs.captured == 2  # anew, where the weights are now
+    else:
+        assert graphs.replayed == replays[0]
+        assert "carries offload hooks" in graphs.reason
+
+
+def test_a_recording_that_failed_is_tried_again_where_weights_have_moved(monkeypatch):
+    failing = [True, False, False]
+
+    def flaky(run, device):
+        if failing.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return FakeCapture(run, device)
+
+    monkeypatch.setitem(CAPTURES, "cpu", flaky)
+    pipe = offloaded()
+    for _ in range(3):
+        tiny.picture(pipe, steps=4)
+    assert recorded(pipe).captured == 2
+
+
+@pytest.mark.parametrize("resident_bytes", [100_000, None])
+@pytest.mark.parametrize("first", ["ahead", "offload"])
+def test_a_forward_that_was_taken_back_under_a_hook_does_not_come_back_with_it(first, resident_bytes):
+    pipe = turbo(tiny.sd())
+    tiny.picture(pipe)
+    before = state_of(pipe)
+    steps = [pipe.enable_prompt_projections, lambda: pipe.enable_partial_offload(resident_bytes, device=DEVICE)]
+    for step in steps if first == "ahead" else reversed(steps):
+        step()
+    for _ in range(2):
+        tiny.picture(pipe)
+    assert pipe.turbo_undo().left_alone == ()
+    assert differences(before, state_of(pipe)) == []
 
 
 def test_a_denoiser_that_is_streamed_is_still_refused():

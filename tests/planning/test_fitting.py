@@ -46,12 +46,14 @@ def test_offload_grows_with_need_and_tiles_come_last():
         plan_on("H100", "sd15", vram_budget=budget, height=1024, width=1024) for budget in ("8GB", "3GB", "2.3GB")
     ]
     assert not any("offload" in action for action in actions_of(ladder[0]))
-    (whole,) = (step for step in ladder[1].steps if "offload" in step.action)
+    (whole,), (less,) = ([step for step in made.steps if "offload" in step.action] for made in ladder[1:])
     assert whole.action == "enable_partial_offload"
     assert whole.options["resident_bytes"] is None
     assert "The denoiser is there whole while it works and leaves while other components work" in whole.reason
     assert "Not needed: enable_partial_offload fits" in reason_of(ladder[1], "enable_model_cpu_offload")
-    assert "enable_group_offload" in actions_of(ladder[2])
+    assert less.options["resident_bytes"] < facts_of("sd15").denoiser_facts.parameter_bytes
+    assert less.options["by_layers"] == ["vae"]
+    assert "; vae come layer by layer" in less.reason
     assert "not enough" in reason_of(ladder[2], "enable_model_cpu_offload")
     assert all(made.exact and made.fits for made in ladder)
     tight = plan_on("H100", "sd15", vram_budget="1.5GB", height=1024, width=1024)
@@ -100,11 +102,12 @@ def test_a_denoiser_that_is_there_whole_is_recorded():
 
 
 def test_group_offload_streams_leaves_and_sequential_is_the_last_resort():
-    made = plan_on("H100", "sdxl", vram_budget="700MB")
-    (group,) = [step for step in made.steps if step.action == "enable_group_offload"]
-    assert group.options["offload_type"] == "leaf_level"
-    assert group.options["use_stream"] is True
-    assert "enable_sequential_cpu_offload" not in actions_of(made)
+    made = plan_on("MPS", "sdxl", vram_budget="700MB")
+    assert not any("offload" in action for action in actions_of(made))
+    fits = {item.switches[-1]: item for item in plan_on("H100", "sdxl", vram_budget="560MB").alternatives if item.fits}
+    group = next(item for name, item in fits.items() if name.startswith("enable_group_offload"))
+    assert "offload_type='leaf_level', non_blocking=True, use_stream=True" in group.switches[-1]
+    assert fits["enable_sequential_cpu_offload()"].added_seconds > 3 * group.added_seconds
 
 
 def test_when_nothing_fits_the_thriftiest_plan_says_so():

@@ -139,9 +139,15 @@ class PartialOffload(Options):
     pin_memory: bool = True
     pinned_bytes: int | str | None = None
     denoiser_leaves: bool = False
+    by_layers: str | tuple[str, ...] | None = None
     device: Any = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.by_layers, (str, list)):
+            names = [self.by_layers] if isinstance(self.by_layers, str) else self.by_layers
+            object.__setattr__(self, "by_layers", tuple(names))
+        if not all(isinstance(name, str) for name in self.alone):
+            raise self._refuse("by_layers", "names of components", 'name components, such as "text_encoder"')
         if self.resident_bytes == ALL:
             object.__setattr__(self, "resident_bytes", None)
         for name in ("resident_bytes", "pinned_bytes"):
@@ -153,6 +159,11 @@ class PartialOffload(Options):
         self._check_flags("pin_memory", "denoiser_leaves")
         if self.pinned_bytes is not None and not self.pin_memory:
             raise self._refuse("pinned_bytes", "pin_memory=True", "leave pinned_bytes out, or pin_memory on")
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """The components whose layers come one by one."""
+        return tuple(self.by_layers or ())
 
     @property
     def keeps_all(self) -> bool:
