@@ -91,11 +91,11 @@ def _resident(pipe: Any) -> None:
 
 
 def _model(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload()
+    pipe.enable_model_cpu_offload(device="cuda")  # named, since diffusers remembers that the process before had no GPU
 
 
 def _sequential(pipe: Any) -> None:
-    pipe.enable_sequential_cpu_offload()
+    pipe.enable_sequential_cpu_offload(device="cuda")
 
 
 def _blocks(pipe: Any) -> None:
@@ -174,7 +174,6 @@ def _tell(work: Callable[[], Row], sender: Any, said: int) -> None:
     del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"], os.environ["CUDA_VISIBLE_DEVICES"]
     if VISIBLE is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = VISIBLE
-    diffusers.utils.torch_utils.get_device.cache_clear()  # which has found none
     torch.set_num_threads(THREADS)
     sender.send(json.dumps(work()))
 
