@@ -20,7 +20,7 @@ from ..facts.pipeline import read_pipeline
 from ..modules import modules_in
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
-from ..planning.residents import WINDOW, aligned, choose_streamed, join_neighbours
+from ..planning.residents import SMALL_BYTES, WINDOW, aligned, choose_streamed, join_neighbours
 from ..planning.units import gib
 from .calls import release_recorded
 from .components import denoiser_of, modules_of
@@ -220,8 +220,10 @@ class PartialResidency:
         if passing is None or not passing.is_of(weights):  # others have come or gone, such as a LoRA's
             before = set() if passing is None else passing.modules
             self._unhook(keep=tuple(part for part, _ in self._hooked if part not in before))
-            units, fixed = units_of({component: module})
-            self._passing[component] = passing = Passing(weights, fixed, {unit.module for unit in units})
+            found, fixed = units_of({component: module})
+            units = [unit for unit in found if unit.size > SMALL_BYTES]
+            small = (tensor for unit in found if unit.size <= SMALL_BYTES for tensor in unit.tensors)
+            self._passing[component] = passing = Passing(weights, (*fixed, *small), {unit.module for unit in units})
             for unit in units:
                 self._hook(unit.module, UnitHook(self, self.device, unit=unit))
         return passing.fixed

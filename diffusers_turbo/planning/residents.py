@@ -15,6 +15,10 @@ ALIGNMENT = 512
 WINDOW = 2
 """Streamed groups on the device at a time: the one that works, and the one that comes."""
 
+SMALL_BYTES = 16 * 2**10
+"""Layers up to this size, norms above all, do not come alone: they cost a copy each and no room to speak of, and tiles
+share the statistics only of norms without hooks."""
+
 SLAB_BYTES = 64 * 2**20
 """Page-locked memory is asked for in pieces of at least this size: torch rounds each up to a power of two."""
 

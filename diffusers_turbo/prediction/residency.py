@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..planning.options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload
-from ..planning.residents import aligned, choose_streamed, join_neighbours, window_bytes
+from ..planning.residents import SMALL_BYTES, aligned, choose_streamed, join_neighbours, window_bytes
 from .allocator import DEFAULT_POOL, Allocator, Block
 from .recording import Entered, Event
 
@@ -266,7 +266,8 @@ class ByShare(Residency):
     ) -> None:
         super().__init__(weights, allocator)
         self.looped, self.leaves = looped, leaves
-        self.alone = {layer for component in by_layers for layer in _layers(weights.owners(component))[0]}
+        owners = [owner for component in by_layers for owner in _layers(weights.owners(component))[0]]
+        self.alone = {owner for owner in owners if sum(map(aligned, weights.sizes[owner])) > SMALL_BYTES}
         owners = [owner for component in looped for owner in weights.owners(component)]
         layers, fixed = _layers(owners)
         size = {owner: sum(map(aligned, weights.sizes[owner])) for owner in owners}

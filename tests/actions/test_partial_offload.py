@@ -208,7 +208,8 @@ OTHERS = {"sd": ("text_encoder", "vae"), "sdxl": ("text_encoder", "text_encoder_
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
 def test_components_that_come_layer_by_layer(make, device, monkeypatch):
-    """No more of them is there than the largest layer, and what belongs to no layer."""
+    """No more of them is there than the largest layer, and what is small or belongs to no layer."""
+    monkeypatch.setattr(partial_offload, "SMALL_BYTES", 1024)
     pipe = turbo(make())
     names = OTHERS[make.__name__]
     stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
@@ -222,14 +223,38 @@ def test_components_that_come_layer_by_layer(make, device, monkeypatch):
     for name in names:
         units, fixed = units_of({name: getattr(pipe, name)})
         largest = max(sum(tensor.nbytes for tensor in unit.tensors) for unit in units)
+        small = sum(tensor.nbytes for unit in units if unit.size <= 1024 for tensor in unit.tensors)
         whole = sum(parameter.nbytes for parameter in getattr(pipe, name).parameters())
-        assert 0 < device.peaks[name] <= largest + sum(tensor.nbytes for tensor in fixed) < whole
+        assert 0 < device.peaks[name] <= largest + small + sum(tensor.nbytes for tensor in fixed) < whole
     pipe.disable_offload()
     assert differences(before, state_of(pipe)) == []
     assert torch.equal(tiny.picture(pipe, steps=3), stock)
 
 
-def test_layers_of_other_components_are_hooked_anew_where_weights_come_and_go(device):
+@pytest.mark.parametrize("first", ["tiles", "offload"])
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
+def test_tiles_share_their_statistics_where_the_vae_comes_layer_by_layer(make, first):
+    pipe = turbo(make())
+    untiled = tiny.picture(pipe)
+    pipe.enable_vae_tiling(tile_size=32)
+    tiled = tiny.picture(pipe)
+    assert not torch.equal(tiled, untiled)
+    pipe.disable_vae_tiling()
+    steps = [
+        lambda: pipe.enable_vae_tiling(tile_size=32),
+        lambda: pipe.enable_partial_offload(0, by_layers=OTHERS[make.__name__], denoiser_leaves=True, device="cpu:0"),
+    ]
+    for step in steps if first == "tiles" else reversed(steps):
+        step()
+    for _ in range(2):
+        assert torch.equal(tiny.picture(pipe), tiled)
+    assert any("_hf_hook" in vars(module) for module in pipe.vae.decoder.modules())
+    pipe.turbo_undo()
+    assert torch.equal(tiny.picture(pipe), untiled)
+
+
+def test_layers_of_other_components_are_hooked_anew_where_weights_come_and_go(device, monkeypatch):
+    monkeypatch.setattr(partial_offload, "SMALL_BYTES", 0)
     pipe, plain = turbo(tiny.sd()), tiny.sd()
     pipe.enable_partial_offload(300_000, by_layers="text_encoder", device="cpu:0")
     stock = tiny.picture(pipe)
