@@ -49,6 +49,11 @@ def bring_of(module: nn.Module) -> Callable[[], None] | None:
     return hook.bring if getattr(hook, "brings_all", False) else None  # type: ignore[union-attr]
 
 
+def moves_unrecorded(module: nn.Module) -> bool:
+    """Whether a hook hangs on a module whose work a recording would leave out."""
+    return is_hooked(module) and bring_of(module) is None
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module's forward is its class's, if need be under a hook that brings all of its weights."""
     if bring_of(module) is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..graphs.call import GraphedCall
 from ..modules import bring_of
-from .calls import ScopedCallOver
+from .calls import ScopedCallOver, calls_from
 from .stripes import Forwards, State
 
 
@@ -152,9 +152,7 @@ class AheadCall(ABC):
 
 def graphs_of(call: Any) -> GraphedCall | None:
     """Return the graphs among a network's call and those it stands over."""
-    while call is not None and not isinstance(call, GraphedCall):
-        call = getattr(call, "inner", None)
-    return call
+    return next((each for each in calls_from(call) if isinstance(each, GraphedCall)), None)
 
 
 @dataclass

@@ -18,13 +18,18 @@ COMPILED = "_compiled_call_impl"
 """Where `nn.Module` keeps a call that stands in for its own."""
 
 
+def calls_from(call: Any) -> Iterator[Any]:
+    """Iterate over a call and those that it stands over."""
+    while call is not None:
+        yield call
+        call = getattr(call, "inner", None)
+
+
 def release_recorded(module: nn.Module) -> None:
     """Give back the memory of what the calls over a module have recorded, whose weights are about to leave."""
-    call = vars(module).get(COMPILED)
-    while call is not None:
+    for call in calls_from(vars(module).get(COMPILED)):
         if (release := getattr(call, "release", None)) is not None:
             release()
-        call = getattr(call, "inner", None)
 
 
 class OuterCall(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
-from ..modules import bring_of, device_of, is_hooked
+from ..modules import bring_of, device_of, moves_unrecorded
 from .capture import CAPTURES, Capture
 from .inputs import StaticInputs
 from .signature import MODE, Signature, flatten, signature_of, unflatten
@@ -152,7 +152,7 @@ class GraphedCall:
 
     def _why_not(self) -> str | None:
         """Return why calls must not be captured: for what hangs on the module, or on the component it is a part of."""
-        if self.owner is not None and is_hooked(self.owner) and bring_of(self.owner) is None:
+        if self.owner is not None and moves_unrecorded(self.owner):
             return f"its {type(self.owner).__name__} carries offload hooks, which move its weights between calls"
         return why_not_capturable(self.module)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..modules import bring_of, is_hooked, modules_in
+from ..modules import modules_in, moves_unrecorded
 
 NUMBERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters", "s1", "s2", "b1", "b2")
 """Attributes of modules that change what they compute: of peft's LoRA layers (peft.tuners.lora.layer) and FreeU's
@@ -164,7 +164,7 @@ def _name_of(module: nn.Module, roots: Sequence[nn.Module]) -> str:
 
 
 def _why_not_capturable(module: nn.Module) -> str | None:
-    if is_hooked(module) and bring_of(module) is None:
+    if moves_unrecorded(module):
         return "carries offload hooks, which move weights in the middle of a call"
     state = vars(module)
     if (state["_forward_hooks"] or state["_forward_pre_hooks"]) and _hooks_of(state):

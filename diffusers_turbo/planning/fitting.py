@@ -141,18 +141,14 @@ def make_ladder(situation: Situation, *, attention_holds_scores: bool, has_tier:
             exact.append(exact[-1] + extra)
     thrifty = exact[-1]
     ladder = [Rung(lean=False), *(Rung(options=options) for options in exact)]
-    whole = [(*thrifty, option) for option in _wholes(situation)] if offloads else []
-    ladder += [
-        Rung(options=options, lean=lean) for options in whole for lean in ([False, True] if has_tier else [True])
-    ]
+    wholes, leans = _wholes(situation) if offloads else (), (False, True) if has_tier else (True,)
+    ladder += [Rung(options=(*thrifty, whole), lean=lean) for whole in wholes for lean in leans]
     ladder += [Rung(options=(*thrifty, offload)) for offload in offloads]
     if not situation.request.exact:
         for tile_size in _tile_sizes(situation):
             tiled = (*thrifty, VAETiling(tile_size=tile_size))
             ladder.append(Rung(options=tiled))
-            ladder += [
-                Rung(options=(*tiled, option), lean=not has_tier) for option in (_wholes(situation) if offloads else ())
-            ]
+            ladder += [Rung(options=(*tiled, whole), lean=not has_tier) for whole in wholes]
             ladder.extend(Rung(options=(*tiled, offload)) for offload in offloads)
     return ladder
 

@@ -169,11 +169,11 @@ def _with_graphs(stages: tuple[StageMemory, ...], switches: Switches) -> tuple[S
     Beside partial offload there are graphs of the denoiser only, and they leave when it does.
     """
     offload = switches.get(PartialOffload)
+    kept = [stage.stage for stage in stages]
+    if isinstance(offload, PartialOffload):
+        kept = [] if offload.denoiser_leaves else ["denoise"]
     held = [
-        stage.activation_bytes + stage.workspace_bytes - FIXED_BYTES
-        if offload is None or (stage.stage == "denoise" and not getattr(offload, "denoiser_leaves", False))
-        else 0
-        for stage in stages
+        stage.activation_bytes + stage.workspace_bytes - FIXED_BYTES if stage.stage in kept else 0 for stage in stages
     ]
     return tuple(
         replace(stage, activation_bytes=stage.activation_bytes + sum(held) - own)

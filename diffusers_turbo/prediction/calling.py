@@ -65,8 +65,8 @@ class PipelineCall:
         if call == 0:
             held += self.replay.run(recording)
         if call == 0 or self.leaves:
-            projected = [self.projected_bytes] if self.projected_bytes else []
-            graphs = [self.replay.hold(size, "graphs") for size in projected]  # an input, of which it has its own copy
+            # what was projected is an input, of which a graph has its own copy
+            graphs = [self.replay.hold(self.projected_bytes, "graphs")] if self.projected_bytes else []
             graphs += self.replay.capture(recording)
             if self.leaves:
                 self.replay.drop(graphs)

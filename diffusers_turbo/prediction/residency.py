@@ -254,23 +254,15 @@ class ByShare(Residency):
     to work and leaves. From the second picture on, when the order of the layers is known (here that of their names).
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        allocator: Allocator,
-        looped: Sequence[str],
-        resident_bytes: int,
-        *,
-        leaves: bool,
-        by_layers: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, weights: Weights, allocator: Allocator, looped: Sequence[str], offload: PartialOffload) -> None:
         super().__init__(weights, allocator)
-        self.looped, self.leaves = looped, leaves
-        owners = [owner for component in by_layers for owner in _layers(weights.owners(component))[0]]
-        self.alone = {owner for owner in owners if sum(map(aligned, weights.sizes[owner])) > SMALL_BYTES}
+        self.looped, self.leaves = looped, offload.denoiser_leaves
+        size = {owner: sum(map(aligned, sizes)) for owner, sizes in weights.sizes.items()}
+        single = (owner for component in offload.alone for owner in _layers(weights.owners(component))[0])
+        self.alone = {owner for owner in single if size[owner] > SMALL_BYTES}
         owners = [owner for component in looped for owner in weights.owners(component)]
         layers, fixed = _layers(owners)
-        size = {owner: sum(map(aligned, weights.sizes[owner])) for owner in owners}
+        resident_bytes = offload.stays(sum(size[owner] for owner in owners))
         groups = join_neighbours([size[owner] for owner in layers])
         sizes = [sum(size[layers[index]] for index in group) for group in groups]
         streamed = choose_streamed(sizes, max(0, resident_bytes - sum(size[owner] for owner in fixed)))
@@ -339,10 +331,7 @@ def residency_of(
 ) -> Residency:
     """Return how weights come and go under an offload, None being none; `looped` are called at every step."""
     if isinstance(offload, PartialOffload):
-        leaves = offload.denoiser_leaves
-        owners = [owner for component in looped for owner in weights.owners(component)]
-        most = sum(aligned(size) for owner in owners for size in weights.sizes[owner])
-        return ByShare(weights, allocator, looped, offload.stays(most), leaves=leaves, by_layers=offload.alone)
+        return ByShare(weights, allocator, looped, offload)
     if isinstance(offload, ModelOffload):
         return ByModel(weights, allocator)
     if isinstance(offload, SequentialOffload):

@@ -19,24 +19,23 @@ import argparse
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-# CUDA that was started here would not work in the forked processes, and some imports start it (torchao's): until then
-# there is no GPU to be seen
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "XFORMERS_FORCE_DISABLE_TRITON": "1"}
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from simulated_cards_apart import apart, required  # first: it hides the GPU from what is imported after it
+from simulated_cards_tables import GB, OURS, RESIDENT, Row, budget_table, cap_table, has_pictures, rival_table
+
+# isort: split
 import diffusers
 import torch
 import transformers
@@ -48,16 +47,13 @@ from diffusers_turbo.bench.environment import read_environment
 from diffusers_turbo.bench.schedulers import set_scheduler
 from diffusers_turbo.errors import in_one_line
 
-GB = 2**30
 BUDGETS_GB = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 PROMPT = "a photograph of an astronaut riding a horse"
 WARM_UP_STEPS = 3
 LONG_S = 8.0
 """A picture that takes longer is timed once only."""
 
-FORK = multiprocessing.get_context("fork")
 SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
-THREADS = torch.get_num_threads()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +110,7 @@ def _tiled(offload: Callable[[Any], None]) -> Callable[[Any], None]:
     return both
 
 
-RESIDENT, SEQUENTIAL = "resident", "sequential offload"
+SEQUENTIAL = "sequential offload"
 PLACES = {
     RESIDENT: _resident,
     "model offload": _model,
@@ -129,9 +125,6 @@ RIVALS: dict[str, Callable[[Any], None]] = {
 """What a user of diffusers alone can switch on, by name."""
 
 THRIFTIEST = (SEQUENTIAL, f"{SEQUENTIAL}, tiles")
-OURS = "auto_optimize"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,47 +136,6 @@ class Way:
     rounds: int = 1
     exact: bool = False
     fixed: bool = False
-
-
-def apart(work: Callable[[], Row], limit: float) -> Row:
-    """Return what a function returns in a forked process; what ends the process is a result, too."""
-    receiver, sender = FORK.Pipe(duplex=False)
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        process = FORK.Process(target=_tell, args=(work, sender, said.fileno()))
-        process.start()
-        sender.close()
-        try:
-            if not receiver.poll(limit):
-                return {"failed": f"took longer than {limit:g} s"}
-            row: Row = json.loads(receiver.recv())
-            return row
-        except EOFError:
-            process.join()
-            said.seek(0)
-            return {"failed": (said.read().strip().splitlines() or [f"exit status {process.exitcode}"])[-1][:300]}
-        finally:
-            process.kill()
-            process.join()
-            receiver.close()
-
-
-def _tell(work: Callable[[], Row], sender: Any, said: int) -> None:
-    """Be the forked process: free to use CUDA and every thread, and to say what is read if it dies."""
-    for stream in (1, 2):
-        os.dup2(said, stream)
-    del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"], os.environ["CUDA_VISIBLE_DEVICES"]
-    if VISIBLE is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = VISIBLE
-    torch.set_num_threads(THREADS)
-    sender.send(json.dumps(work()))
-
-
-def required(work: Callable[[], Row]) -> Row:
-    """Return what a function returns in a forked process; nothing goes on without."""
-    row = apart(work, 300)
-    if "failed" in row:
-        raise SystemExit(row["failed"])
-    return row
 
 
 def read_machine() -> Row:
@@ -351,13 +303,13 @@ class Session:
         if job.tiled_cap:
             self.capped(name, OURS, int(job.tiled_cap * GB))
         for cap in lower_and_lower(job.exact_caps):
-            if not _done(self.capped(name, OURS, int(cap * GB), exact=True)):
+            if not has_pictures(self.capped(name, OURS, int(cap * GB), exact=True)):
                 break
         for way in THRIFTIEST:
             alone = self.rival(name, way) or {}
             # what it allocates, and where that is too little in pieces, what it reserves
             for peak in ("peak_allocated_bytes", "peak_reserved_bytes"):
-                if _done(alone) and _done(self.capped(name, way, alone.get(peak, 0))):
+                if has_pictures(alone) and has_pictures(self.capped(name, way, alone.get(peak, 0))):
                     break
 
     def capped(self, name: str, way: str, cap: int, *, exact: bool = False) -> Row:
@@ -386,100 +338,14 @@ def lower_and_lower(caps: tuple[float, ...]) -> Iterator[float]:
 
 def fitting(rivals: dict[str, Row], cap: int) -> list[str]:
     """Name the hand-made ways whose uncapped peak is below a cap, the fastest first."""
-    names = [way for way, row in rivals.items() if _done(row) and row.get("peak_allocated_bytes", 0) <= cap]
+    names = [way for way, row in rivals.items() if has_pictures(row) and row.get("peak_allocated_bytes", 0) <= cap]
     return sorted(names, key=lambda way: float(rivals[way]["median_s"]))
 
 
 def has_room(cell: Row, rivals: dict[str, Row]) -> bool:
     """Whether a cell is the same at every larger budget: no rival is faster, and ours was planned as without one."""
     fastest = fitting(rivals, sys.maxsize)[:1] == [cell.get("rival_name")]
-    return fastest and _done(cell["ours"]) and cell["ours"]["unrestricted"] is True
-
-
-def _done(row: Row) -> bool:
-    return "median_s" in row
-
-
-def told(row: Row | None) -> str:
-    """Say how long a picture took, or what came instead."""
-    if not row:
-        return "-"
-    return f"{row['median_s']:.2f}" if _done(row) else "out of memory" if "out_of_memory" in row else "failed"
-
-
-def gib(row: Row, name: str) -> str:
-    """Say how many GiB a row's figure is."""
-    return f"{row[name] / GB:.2f}" if row.get(name) else "-"
-
-
-def switches(ours: Row) -> str:
-    """Name the switches for memory that a plan took."""
-    names = [name.removeprefix("enable_") for name in ours.get("steps", {}) if "offload" in name or "vae_t" in name]
-    return " + ".join(names) or RESIDENT
-
-
-def kind(ours: Row) -> str:
-    """Say whether ours draws what the model draws, and whether memory ran out on the way."""
-    if not _done(ours):
-        return "-"
-    exact = "exact" if ours["exact"] else "lossy (tiles)"
-    return f"{exact}, after running out of memory" if ours["fallbacks"] else exact
-
-
-def as_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return a Markdown table."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows)]
-
-
-def share(cell: Row) -> float | None:
-    """Return how long ours takes beside the rival, None where one of them made no picture."""
-    rival, ours = cell["rival"] or {}, cell["ours"]
-    return ours["median_s"] / rival["median_s"] if _done(rival) and _done(ours) else None
-
-
-def budget_table(cells: dict[str, Row]) -> list[str]:
-    """Return a row for each job and budget, and a line that counts them."""
-    head = ("job", "budget", "hand-made", "s", "ours", "picture", "s", "ours / hand-made", "GiB predicted", "measured")
-    rows, shares, lost, alone = [], [], 0, 0
-    for key, cell in cells.items():
-        job, _, budget = key.partition(" ")
-        if "same_as" in cell:
-            rows.append((job, f"{budget} GB", f"as with {cell['same_as'].partition(' ')[2]} GB", *("",) * 7))
-            continue
-        ours, beside = cell["ours"], share(cell)
-        lost += not _done(ours)
-        alone += _done(ours) and beside is None
-        shares += [] if beside is None else [beside]
-        rival = (cell["rival_name"] or "none fits", told(cell["rival"]))
-        mine = (switches(ours), kind(ours), told(ours), "-" if beside is None else f"{beside:.2f}")
-        memory = (gib(ours, "predicted_bytes"), gib(ours, "peak_allocated_bytes"))
-        rows.append((job, f"{budget} GB", *rival, *mine, *memory))
-    counts = (
-        f"{len(shares) + alone + lost} cells: ours ahead in {sum(found < 1 for found in shares)}, behind by up to 10 % "
-        f"in {sum(1 <= found <= 1.1 for found in shares)}, by more in {sum(found > 1.1 for found in shares)}, the only "
-        f"one that fits in {alone}, out of memory or failed in {lost}"
-    )
-    return [*as_table(head, rows), "", counts]
-
-
-def rival_table(rivals: dict[str, dict[str, Row]]) -> list[str]:
-    """Return what each rival takes uncapped."""
-    rows = [
-        (job, way, gib(row, "peak_allocated_bytes"), gib(row, "peak_reserved_bytes"), told(row))
-        for job, found in rivals.items()
-        for way, row in found.items()
-    ]
-    return as_table(("job", "hand-made, uncapped", "GiB allocated", "reserved", "s"), rows)
-
-
-def cap_table(caps: dict[str, Row]) -> list[str]:
-    """Return what became of each cap."""
-    rows = []
-    for key, row in caps.items():
-        job, cap, way = key.split(" ", 2)
-        ours = (switches(row), kind(row)) if way.startswith(OURS) else ("", "")
-        rows.append((job, f"{cap} GiB", way, *ours, gib(row, "whole_peak_bytes"), told(row)))
-    return as_table(("job", "hard cap", "way", "switches", "picture", "GiB allocated", "s"), rows)
+    return fastest and has_pictures(cell["ours"]) and cell["ours"]["unrestricted"] is True
 
 
 def main() -> None:

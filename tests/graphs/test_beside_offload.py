@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from diffusers_turbo import turbo
 from diffusers_turbo.actions.ahead import AheadCall, graphs_of
-from diffusers_turbo.actions.calls import COMPILED
+from diffusers_turbo.actions.calls import COMPILED, calls_from
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Loan
 from diffusers_turbo.errors import NotSupportedError
@@ -49,11 +49,7 @@ def recorded(pipe):
 
 def ahead_of(pipe):
     """The calls that compute ahead, over the denoiser's."""
-    found, call = [], vars(pipe.unet)[COMPILED]
-    while call is not None:
-        found += [call] if isinstance(call, AheadCall) else []
-        call = getattr(call, "inner", None)
-    return found
+    return [call for call in calls_from(vars(pipe.unet)[COMPILED]) if isinstance(call, AheadCall)]
 
 
 def offloaded(pipe=None, *, leaves=True, actions=()):
