@@ -46,7 +46,7 @@ def bring_of(module: nn.Module) -> Callable[[], None] | None:
     Whoever reads the weights before the module's own forward calls it first.
     """
     hook = vars(module).get(_ACCELERATES)
-    return hook.bring if getattr(hook, "brings_all", False) else None  # type: ignore[union-attr]
+    return getattr(hook, "bring", None) if getattr(hook, "lets_record", False) else None
 
 
 def moves_unrecorded(module: nn.Module) -> bool:
@@ -63,9 +63,19 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module works: where its weights are, or where they are brought."""
-    if bring_of(module) is not None:
+    if will_record(module):
         return torch.device(vars(module)[_ACCELERATES].execution_device)
     return next(module.parameters()).device
+
+
+def will_record(module: nn.Module) -> bool:
+    """Whether an offload on a module lets its calls be recorded, at the latest once the order of its layers is known."""
+    return bool(getattr(vars(module).get(_ACCELERATES), "will_record", False))
+
+
+def moves_unrecorded(module: nn.Module) -> bool:
+    """Whether a hook hangs on a module whose work a recording would leave out."""
+    return is_hooked(module) and not getattr(vars(module).get(_ACCELERATES), "lets_record", False)
 
 
 def hooked_in(root: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ..errors import NotSupportedError, explain_failure
 from ..graphs.call import GraphedCall
 from ..graphs.capture import CAPTURES
 from ..graphs.watch import why_not_capturable
-from ..modules import bring_of, device_of
+from ..modules import device_of, will_record
 from ..planning.options import CUDAGraphs
 from .calls import ScopedCallOver
 from .components import denoiser_of, modules_of, networks_in, require_plain_weights
@@ -50,7 +50,7 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
     if device.type not in CAPTURES:
         found = f"the {name} on {device.type}"
         raise NotSupportedError(explain_failure(tried, found, "a CUDA device", "move the pipeline, or leave this off"))
-    if reason := why_not_capturable(denoiser):
+    if (reason := why_not_capturable(denoiser)) and not will_record(denoiser):
         do = "switch that off first, or leave graphs off"
         raise NotSupportedError(explain_failure(tried, reason, "a denoiser that stays where it is", do))
     with journaling() as journal:
@@ -84,7 +84,7 @@ def _targets(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _on_one_device(module: nn.Module) -> bool:
-    if bring_of(module) is not None:
+    if will_record(module):
         return True
     devices = {parameter.device for parameter in module.parameters()}
     return len(devices) == 1 and next(iter(devices)).type in CAPTURES

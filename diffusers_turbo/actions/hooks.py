@@ -46,19 +46,26 @@ class ComponentHook(Hook):
     component: str = ""
 
     @property
-    def brings_all(self) -> bool:
-        """Whether it brings all of a component that is called at every step, ahead of the call too (`bring_of`)."""
-        return self.component in self.residency.looped and self.residency.keeps_all
+    def will_record(self) -> bool:
+        """Whether calls may be recorded once the order of the layers is known."""
+        return self.component in self.residency.looped and self.residency.will_record
+
+    @property
+    def lets_record(self) -> bool:
+        """Whether it brings a component ahead of its call, too, and the call may then be recorded (`bring_of`)."""
+        return self.component in self.residency.looped and self.residency.lets_record
 
     def bring(self) -> None:
-        """Bring the component; there already, nothing happens."""
+        """Bring what stays of the component as long as it works; there already, nothing happens."""
         self.residency.arrive(self.component)
+        self.residency.settle()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Bring the component, and its arguments."""
         from accelerate.utils import send_to_device
 
-        self.bring()
+        self.residency.arrive(self.component)
+        self.residency.begin(self.component)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -72,6 +79,11 @@ class UnitHook(Hook):
     """On a layer of the denoiser: its weights come when it is called, if they were not fetched before."""
 
     unit: Unit | None = None
+
+    @property
+    def lets_record(self) -> bool:
+        """Whether what it does may be recorded: copies of a fixed order, from page-locked memory."""
+        return self.residency.lets_record
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Bring the layer's weights."""

@@ -27,7 +27,7 @@ from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
 from .page_locked import can_pin, pin
-from .streaming import HOST, Group, Loan, Unit, Window, bring, extent, units_of, weights_of
+from .streaming import HOST, Group, Loan, Unit, Window, bring, extent, is_recording, units_of, weights_of
 from .undo import ABSENT, Journal, journaling, owned, put
 
 
@@ -87,6 +87,7 @@ class PartialResidency:
     _working: str | None = None
     _in_call: bool = False
     _checked: bool = False
+    _all_pinned: bool = False
     _over: bool = False
 
     def __post_init__(self) -> None:
@@ -166,17 +167,30 @@ class PartialResidency:
         if self.streamed and self._window is None:
             largest = max(group.size for group in self.streamed)
             self._window = Window(self.device, largest, min(WINDOW, len(self.streamed)))
+
+    def settle(self) -> None:
+        """Have the window hold nothing: what was recorded of a forward fills it by itself."""
         if self._window is not None:
-            self._window.leave()
-            self._window.forget_changed()
-            if (first := self._first_of.get(component)) is not None:
-                self._position = self._sequence.index(first) - 1
-                self._window.fetch(first)
+            self._window.settle()
+
+    def begin(self, component: str) -> None:
+        """Fetch the first group of a component's forward."""
+        if self._window is None:
+            return
+        self._window.leave()
+        self._window.forget_changed()
+        if is_recording(self.device):
+            self._window.begin_recording()
+        if (first := self._first_of.get(component)) is not None:
+            self._position = self._sequence.index(first) - 1
+            self._window.fetch(first)
 
     def finish(self, component: str) -> None:
         """Look back at a component's forward: the window rests, and a first one has told the order of the layers."""
         if self._window is not None:
             self._window.leave()
+            if is_recording(self.device):
+                self._window.settle()
         if self.groups is None and component == next(reversed(self.looped), None):
             self._learn()
 
@@ -195,7 +209,8 @@ class PartialResidency:
         places = range(self._position + 1, self._position + 1 + len(self._sequence))
         count = len(self._sequence)
         self._position = next(place % count for place in places if self._sequence[place % count] is group)
-        self._window.fetch(self._sequence[(self._position + 1) % count])
+        if self._position + 1 < count or not is_recording(self.device):  # a replay begins with the first group itself
+            self._window.fetch(self._sequence[(self._position + 1) % count])
 
     def leave(self, unit: Unit) -> None:
         """Send a layer's weights away that belong to no group (yet)."""
@@ -206,9 +221,16 @@ class PartialResidency:
     # what is known of the layers
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether the denoiser comes whole and stays as long as it works."""
-        return self.groups is not None and not self.streamed
+    def will_record(self) -> bool:
+        """Whether what is streamed is meant to come from page-locked memory, where that is a matter."""
+        return self.options.pin_memory or self.options.keeps_all or not can_pin(self.device)
+
+    @property
+    def lets_record(self) -> bool:
+        """Whether a denoiser's call may be recorded: it comes whole, or is streamed from page-locked memory alone."""
+        if self.groups is None:
+            return False
+        return not self.streamed or not can_pin(self.device) or (self.options.pin_memory and self._all_pinned)
 
     def _visitors(self, component: str) -> Iterable[Tensor]:
         """Return the weights of a component that are there as long as it works; hook its layers if they come alone."""
@@ -304,7 +326,7 @@ class PartialResidency:
 
     def _pin(self) -> None:
         """Move into page-locked memory what is streamed, and then what comes and goes, as far as its budget goes."""
-        self.pinned_bytes, self.trouble = 0, ""
+        self.pinned_bytes, self.trouble, self._all_pinned = 0, "", False
         if self.options.pin_memory and can_pin(self.device):
             budget = self.options.pinned_bytes
             budget_bytes = int(budget) if budget is not None else host_memory()[1] // 2
@@ -314,6 +336,8 @@ class PartialResidency:
             tensors += [tensor for part in visitors for tensor in part if tensor.device.type == HOST.type]
             tensors = list(dict.fromkeys(tensors))
             self.pinned_bytes, self.trouble = pin(tensors, budget_bytes)
+            streamed = (tensor for group in self.streamed for tensor in group.tensors)
+            self._all_pinned = all(tensor.is_pinned() or not tensor.numel() for tensor in streamed)
 
     # who goes
 
@@ -324,9 +348,12 @@ class PartialResidency:
 
     def _send_denoiser(self) -> None:
         self._here = False
+        self._release_recorded()
+        self._staying.end()
+
+    def _release_recorded(self) -> None:
         for module in modules_in(*self.looped.values()):
             release_recorded(module)
-        self._staying.end()
 
     def _send_alone(self) -> None:
         for unit in list(self._alone):
@@ -334,6 +361,7 @@ class PartialResidency:
 
     def _close_window(self) -> None:
         if self._window is not None:
+            self._release_recorded()  # which reads from the window
             self._window.close()
             self._window = None
 

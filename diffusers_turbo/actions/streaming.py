@@ -49,6 +49,11 @@ class Group:
         return sum(unit.size for unit in self.units)
 
 
+def is_recording(device: torch.device) -> bool:
+    """Whether what is launched now is recorded for a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def extent(tensor: Tensor) -> int:
     """Return the bytes from a tensor's first element to its last, whatever its strides."""
     if not tensor.numel():
@@ -232,6 +237,21 @@ class Window:
             if slot.group is not None and slot.versions != _versions(slot.group):
                 slot.group = None
 
+    def begin_recording(self) -> None:
+        """Hold nothing, and have copies wait for what was recorded so far: with that they are recorded, too."""
+        begun = self._mark()
+        if self.stream is not None:
+            self.stream.wait_event(begun)
+        for slot in self._slots:
+            slot.group, slot.copied, slot.worked = None, None, begun
+
+    def settle(self) -> None:
+        """Hold nothing; what comes on the current stream waits for copies under way."""
+        if self.stream is not None and self.streams is not None:
+            self.streams.current_stream(self.device).wait_stream(self.stream)
+        for slot in self._slots:
+            slot.group, slot.copied, slot.worked = None, None, None
+
     def close(self) -> None:
         """Give the room back, once no copy is under way."""
         self.leave()
@@ -248,6 +268,8 @@ class Window:
         slot = next((slot for slot in free if slot.group is None), free[0])
         if group not in slot.views:
             slot.views[group] = _views(slot.buffer, group.tensors)
+        if slot.worked is None:  # since it was settled
+            slot.worked = self._mark()
         with self.streams.stream(self.stream) if self.streams is not None else nullcontext():
             self._wait(slot.worked)
             for tensor, view in zip(group.tensors, slot.views[group], strict=True):

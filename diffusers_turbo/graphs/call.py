@@ -147,6 +147,8 @@ class GraphedCall:
                 self.release()
             else:
                 self.clear()
+        elif self.reason and not (self._checked and self._calls_inside):
+            self.reason = self._why_not()  # hooks that stay may let calls be recorded by now
         self._checked = True
         return self._watch
 

@@ -62,9 +62,14 @@ _COMPILES = (CompileUNet, CompileTransformer, CompileVAE)
 _STREAMING = (PartialOffload, GroupOffload, SequentialOffload)
 
 
-def _moves_in_between(first: Options, second: Options) -> bool:
-    """Whether an offload moves weights of the denoiser from step to step, or has hooks on its layers."""
+def _hooks_layers(first: Options, second: Options) -> bool:
+    """Whether an offload has hooks on the denoiser's layers, or brings it only when it is called."""
     return not (isinstance(second, PartialOffload) and second.keeps_all)
+
+
+def _moves_unrecorded(first: Options, second: Options) -> bool:
+    """Whether an offload moves weights of the denoiser in its call, in a way that no graph can hold."""
+    return not (isinstance(second, PartialOffload) and (second.keeps_all or second.pin_memory))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(CUDAGraphs,),
         second=(ModelOffload, *_STREAMING),
         reason="offload moves weights in the middle of a call, and a graph holds their addresses",
-        applies=_moves_in_between,
+        applies=_moves_unrecorded,
     ),
     Conflict(
         first=(CUDAGraphs,),
@@ -142,7 +147,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(TimeProjections, PromptProjections, SharedGuidance),
         second=(ModelOffload, *_STREAMING),
         reason="offload brings the weights when the UNet is called, and hooks take the forwards that this replaces",
-        applies=_moves_in_between,
+        applies=_hooks_layers,
     ),
     Conflict(
         first=(TimeProjections, PromptProjections, SharedGuidance),

@@ -219,7 +219,8 @@ class Predictor:
             keeps_wide=opt.VAEUpcastCopy in on,
             offloaded=offload is not None,
             graphs=opt.CUDAGraphs in on,
-            leaves=bool(getattr(offload, "denoiser_leaves", False)),
+            # what is streamed is recorded with the window that it passes through
+            leaves=isinstance(offload, opt.PartialOffload) and (offload.denoiser_leaves or not offload.keeps_all),
             projected_bytes=_projected_bytes(prepared, picture) if opt.PromptProjections in on else 0,
         )
         return call.peaks()

@@ -11,6 +11,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from peft import LoraConfig
 
 from diffusers_turbo import turbo
+from diffusers_turbo.actions import partial_offload
 from diffusers_turbo.actions.ahead import AheadCall, graphs_of
 from diffusers_turbo.actions.calls import COMPILED, calls_from
 from diffusers_turbo.actions.partial_offload import PartialResidency
@@ -279,9 +280,57 @@ def test_a_forward_that_was_taken_back_under_a_hook_does_not_come_back_with_it(f
     assert differences(before, state_of(pipe)) == []
 
 
-def test_a_denoiser_that_is_streamed_is_still_refused():
+@pytest.fixture
+def recording(monkeypatch):
+    """Have the offload told when the stand-in records, as CUDA tells it."""
+    state = []
+
+    class Told(FakeCapture):
+        def __init__(self, run, device):
+            state.append(True)
+            try:
+                super().__init__(run, device)
+            finally:
+                state.pop()
+
+    monkeypatch.setitem(CAPTURES, "cpu", Told)
+    monkeypatch.setattr(partial_offload, "is_recording", lambda device: bool(state))
+    return state
+
+
+@pytest.mark.parametrize("resident_bytes", [0, 300_000, 700_000])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_denoiser_that_is_streamed_is_recorded_with_its_copies(resident_bytes, leaves, recording):
+    pipe, plain = turbo(tiny.sd()), tiny.sd()
+    tiny.picture(pipe, steps=4)
+    before, weights = state_of(pipe), copy.deepcopy(pipe.unet.state_dict())
+    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves, device=DEVICE)
+    pipe.enable_cuda_graphs()
+    graphs = recorded(pipe)
+
+    def change(pipe, step, timestep, tensors):
+        with torch.no_grad():
+            pipe.unet.mid_block.resnets[0].conv1.weight.mul_(1 + step / 10)
+            pipe.unet.conv_in.weight.mul_(1 + step / 10)
+        return {}
+
+    for _ in range(4):
+        assert torch.equal(tiny.picture(pipe, steps=4), tiny.picture(plain, steps=4))
+    assert graphs.reason is None
+    # the first call learns, the second sees and records, the others record at once
+    assert (graphs.captured, graphs.replayed) == (3, 11)
+    assert FakeCapture.alive == 0  # gone with the window
+    ours, stock = (tiny.picture(each, steps=4, callback_on_step_end=change) for each in (pipe, plain))
+    assert torch.equal(ours, stock)
+    pipe.unet.load_state_dict(weights)
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+def test_a_denoiser_that_is_streamed_from_ordinary_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(partial_offload, "can_pin", lambda device: True)
     pipe = turbo(tiny.sd())
-    pipe.enable_partial_offload(100_000, device=DEVICE)
+    pipe.enable_partial_offload(100_000, pin_memory=False, device=DEVICE)
     with pytest.raises(NotSupportedError, match="carries offload hooks, which move weights in the middle of a call"):
         pipe.enable_cuda_graphs()
 
