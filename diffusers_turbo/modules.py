@@ -69,7 +69,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def will_record(module: nn.Module) -> bool:
-    """Whether an offload on a module lets its calls be recorded, at the latest once the order of its layers is known."""
+    """Whether an offload on a module lets its calls be recorded, at the latest once it knows the order of layers."""
     return bool(getattr(vars(module).get(_ACCELERATES), "will_record", False))
 
 

@@ -6,11 +6,13 @@ fits. Exact rungs come first: tiles are only tried when no exact rung fits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from .conflicts import conflicts_between
 from .memory import LOOPED_ROLES
 from .options import (
+    CUDAGraphs,
     GroupOffload,
     MemoryFallback,
     ModelOffload,
@@ -141,16 +143,23 @@ def make_ladder(situation: Situation, *, attention_holds_scores: bool, has_tier:
             exact.append(exact[-1] + extra)
     thrifty = exact[-1]
     ladder = [Rung(lean=False), *(Rung(options=options) for options in exact)]
-    wholes, leans = _wholes(situation) if offloads else (), (False, True) if has_tier else (True,)
-    ladder += [Rung(options=(*thrifty, whole), lean=lean) for whole in wholes for lean in leans]
-    ladder += [Rung(options=(*thrifty, offload)) for offload in offloads]
+    moving = (*_wholes(situation), *offloads) if offloads else ()
+    ladder += _with_and_without_graphs(thrifty, moving, has_tier=has_tier)
     if not situation.request.exact:
         for tile_size in _tile_sizes(situation):
             tiled = (*thrifty, VAETiling(tile_size=tile_size))
             ladder.append(Rung(options=tiled))
-            ladder += [Rung(options=(*tiled, whole), lean=not has_tier) for whole in wholes]
-            ladder.extend(Rung(options=(*tiled, offload)) for offload in offloads)
+            ladder += _with_and_without_graphs(tiled, moving, has_tier=has_tier)
     return ladder
+
+
+def _with_and_without_graphs(
+    beside: tuple[Options, ...], offloads: Sequence[Options], *, has_tier: bool
+) -> Iterator[Rung]:
+    for offload in offloads:
+        if has_tier and not conflicts_between(CUDAGraphs(), offload):
+            yield Rung(options=(*beside, offload), lean=False)
+        yield Rung(options=(*beside, offload))
 
 
 def _slicing_options(situation: Situation) -> tuple[Options, ...]:

@@ -127,6 +127,8 @@ def make_plan(
             item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in fitting
         ):
             continue  # components need not come by layers where they fit whole
+        if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
+            continue  # graphs of what is streamed fit
         # where all of the denoiser has room, nothing is gained by streaming a part of it
         whole = any(item.moving_seconds == 0 or item.rung.has(PartialOffload) for item in fitting)
         if usable is not None and rung.streams and not whole:
