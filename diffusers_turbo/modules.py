@@ -41,21 +41,16 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def bring_of(module: nn.Module) -> Callable[[], None] | None:
-    """Return what brings a module's weights ahead of its call; None where none hangs on it that brings all of them.
+    """Return what brings a module's weights ahead of its call; None where none hangs on it that lets it be recorded.
 
-    Whoever reads the weights before the module's own forward calls it first.
+    Whoever reads the weights before the module's own forward, or replays one, calls it first.
     """
     hook = vars(module).get(_ACCELERATES)
     return getattr(hook, "bring", None) if getattr(hook, "lets_record", False) else None
 
 
-def moves_unrecorded(module: nn.Module) -> bool:
-    """Whether a hook hangs on a module whose work a recording would leave out."""
-    return is_hooked(module) and bring_of(module) is None
-
-
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is its class's, if need be under a hook that brings all of its weights."""
+    """Whether a module's forward is its class's, if need be under a hook that lets it be recorded."""
     if bring_of(module) is None:
         return "forward" not in vars(module)
     return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward

@@ -45,8 +45,12 @@ def test_pictures_to_the_bit_and_undo(make, resident_bytes, leaves):
     assert differences(before, state_of(pipe)) == []
 
 
-def test_a_slow_copy_is_waited_for(monkeypatch):
-    """The side stream sleeps before each copy, the main stream before it lets go: only the events keep the order."""
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_slow_copy_is_waited_for(monkeypatch, graphs):
+    """The side stream sleeps before each copy, the main stream before it lets go: only the events keep the order.
+
+    Recorded with a step, they keep it in every replay.
+    """
     pipe = turbo(tiny.sd().to("cuda"))
     stock = tiny.picture(pipe, steps=4)
     fetched, leave = Window._fetched, Window.leave
@@ -63,8 +67,69 @@ def test_a_slow_copy_is_waited_for(monkeypatch):
     monkeypatch.setattr(Window, "_fetched", slow_fetch)
     monkeypatch.setattr(Window, "leave", slow_leave)
     pipe.enable_partial_offload(300_000)
+    if graphs:
+        pipe.enable_cuda_graphs()
     for _ in range(2):
         assert distance(tiny.picture(pipe, steps=4), stock).psnr_db > 60
+    assert not graphs or recorded(pipe).replayed == 6
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
+def test_components_that_come_layer_by_layer(make, graphs):
+    pipe = turbo(make().to("cuda"))
+    stock, before = tiny.picture(pipe, steps=8), state_of(pipe)
+    names = [name for name in ("text_encoder", "text_encoder_2", "vae") if hasattr(pipe, name)]
+    pipe.enable_partial_offload(300_000, denoiser_leaves=True, by_layers=names)
+    if graphs:
+        pipe.enable_cuda_graphs()
+    for _ in range(3):
+        assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
+        assert not any(weight.is_cuda for name in names for weight in getattr(pipe, name).parameters())
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+def recorded(pipe):
+    return graphs_of(vars(pipe.unet)["_compiled_call_impl"])
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("resident_bytes", [0, 300_000, 700_000])
+def test_what_is_streamed_is_recorded_with_the_step(make, resident_bytes, leaves):
+    """The window's copies are part of the graph: every replay reads what host memory holds then."""
+    pipe = turbo(make().to("cuda"))
+    stock, before = tiny.picture(pipe, steps=8), state_of(pipe)
+    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves)
+    pipe.enable_cuda_graphs()
+    held = []
+    for _ in range(4):
+        assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    graphs = recorded(pipe)
+    assert residency_of(pipe).streamed
+    assert graphs.reason is None
+    assert graphs.captured == 4
+    assert graphs.replayed + graphs.eager == 32
+    assert graphs.eager <= 2  # the first learns the order, the second is seen
+    assert held[1:] == [held[1]] * 3
+    pipe.turbo_undo()
+    assert differences(before, state_of(pipe)) == []
+
+
+def test_a_replay_copies_what_was_changed_in_host_memory():
+    pipe, other = turbo(tiny.sd().to("cuda")), tiny.sd().to("cuda")
+    pipe.enable_partial_offload(0)
+    pipe.enable_cuda_graphs()
+    for _ in range(2):
+        tiny.picture(pipe, steps=4)
+    for changed in (pipe, other):
+        with torch.no_grad():
+            for parameter in changed.unet.mid_block.parameters():
+                parameter.mul_(0.5)
+    assert distance(tiny.picture(pipe, steps=4), tiny.picture(other, steps=4)).psnr_db > 60
 
 
 def test_streamed_weights_are_page_locked_and_no_longer_when_it_is_off():
@@ -155,7 +220,7 @@ def test_a_denoiser_that_comes_whole_is_recorded_and_takes_its_graphs_along(make
         assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
-    graphs = graphs_of(vars(pipe.unet)["_compiled_call_impl"])
+    graphs = recorded(pipe)
     assert graphs.reason is None
     assert graphs.captured == (4 if leaves else 1)
     assert (graphs.eager, graphs.replayed) == (1, 31)
