@@ -32,6 +32,13 @@ def release_recorded(module: nn.Module) -> None:
             release()
 
 
+def look_again(module: nn.Module) -> None:
+    """Have the calls over a module look at it once more, whose hooks have changed in the middle of a call."""
+    for call in calls_from(vars(module).get(COMPILED)):
+        if (look := getattr(call, "look_again", None)) is not None:
+            look()
+
+
 class OuterCall(Protocol):
     """What stands over a call: it knows what it stands over."""
 

@@ -22,7 +22,7 @@ from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
 from ..planning.residents import SMALL_BYTES, WINDOW, aligned, choose_streamed, join_neighbours
 from ..planning.units import gib
-from .calls import release_recorded
+from .calls import look_again, release_recorded
 from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
@@ -177,10 +177,7 @@ class PartialResidency:
         """Fetch the first group of a component's forward."""
         if self._window is None:
             return
-        self._window.leave()
-        self._window.forget_changed()
-        if is_recording(self.device):
-            self._window.begin_recording()
+        self._window.begin()
         if (first := self._first_of.get(component)) is not None:
             self._position = self._sequence.index(first) - 1
             self._window.fetch(first)
@@ -311,6 +308,8 @@ class PartialResidency:
         self._unhook(keep=tuple(module for module in everything if id(module) not in gone))
         self._pin()
         self._here = False  # what stays comes before the next forward
+        for module in modules_in(*self.looped.values()):
+            look_again(module)  # which can be recorded from now on
 
     def _room(self) -> int:
         """Bytes of layers that may stay."""

@@ -192,6 +192,7 @@ class Window:
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
         self._working: _Slot | None = None
         self._homes: tuple[Tensor, ...] = ()
+        self._recording = False
         for slot in self._slots:
             slot.worked = self._mark()
 
@@ -231,22 +232,33 @@ class Window:
         self._homes = ()
         slot.worked = self._mark()
 
-    def forget_changed(self) -> None:
-        """Let go of copies of weights that were changed since."""
-        for slot in self._slots:
-            if slot.group is not None and slot.versions != _versions(slot.group):
-                slot.group = None
+    def begin(self) -> None:
+        """Begin a forward: let go of copies of weights that were changed since, and of what is no copy."""
+        self.leave()
+        if is_recording(self.device):
+            self._begin_recording()
+        elif self._recording:  # which failed: its events are nobody's
+            self.settle()
+        else:
+            self._forget_changed()
 
-    def begin_recording(self) -> None:
+    def _begin_recording(self) -> None:
         """Hold nothing, and have copies wait for what was recorded so far: with that they are recorded, too."""
+        self._recording = True
         begun = self._mark()
         if self.stream is not None:
             self.stream.wait_event(begun)
         for slot in self._slots:
             slot.group, slot.copied, slot.worked = None, None, begun
 
+    def _forget_changed(self) -> None:
+        for slot in self._slots:
+            if slot.group is not None and slot.versions != _versions(slot.group):
+                slot.group = None
+
     def settle(self) -> None:
         """Hold nothing; what comes on the current stream waits for copies under way."""
+        self._recording = False
         if self.stream is not None and self.streams is not None:
             self.streams.current_stream(self.device).wait_stream(self.stream)
         for slot in self._slots:

@@ -67,7 +67,8 @@ class GraphedCall:
         self.captured = self.replayed = self.eager = 0
         self.reason: str | None = None
         self._seen: OrderedDict[Signature, None] = OrderedDict()
-        self._refused: dict[Signature, str] = {}
+        self._refused: set[Signature] = set()
+        self._failures: dict[Signature, str] = {}
         self._lock = threading.RLock()
         self._watch: Watch | None = None
         self._numbers: tuple[Any, ...] = ()
@@ -177,8 +178,10 @@ class GraphedCall:
             capture = CAPTURES[self.device.type](run, self.device)
         except Exception as error:
             # whatever a call does that cannot be recorded; it runs as it would without graphs
-            self._refused[key] = in_one_line(error, 200)
+            self._refused.add(key)
+            self._failures[key] = in_one_line(error, 200)
             return None
+        self._failures.pop(key, None)
         inputs.captured()
         outputs, output_structure = tree_flatten(capture.output)
         graph = self.graphs[key] = Graph(capture, inputs, outputs, output_structure)
@@ -198,6 +201,7 @@ class GraphedCall:
         with self._lock:
             self.release()
             self._seen.clear()
+            self._failures.clear()
 
     def tell(self) -> str:
         """Say whose graphs these are, and what happened so far."""
@@ -208,8 +212,8 @@ class GraphedCall:
         told = f"{self.captured} captured, {len(self.graphs)} kept, {self.replayed} replays"
         if self.reason:
             return f"{told}; runs eagerly: {self.reason}"
-        refused = "; ".join(sorted(set(self._refused.values())))
-        return f"{told}; could not be captured: {refused}" if refused else told
+        failures = "; ".join(sorted(set(self._failures.values())))
+        return f"{told}; could not be captured: {failures}" if failures else told
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -56,6 +56,7 @@ def test_completes_under_the_cap(name, side, gib, exact):
     assert reserved <= gib * 2**30
     assert any("offload" in step for step in steps)
     assert exact is not ("enable_vae_tiling" in steps)
+    print(pipe.turbo_report())
     print(f"{name} under {gib} GiB by {' + '.join(steps)}: {seconds:.2f} s, {peak / 2**20:.0f} MiB allocated")
     pipe.turbo_undo()
     assert {str(part.device) for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {"cpu"}

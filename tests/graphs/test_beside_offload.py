@@ -11,11 +11,11 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from peft import LoraConfig
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions import partial_offload
+from diffusers_turbo.actions import partial_offload, streaming
 from diffusers_turbo.actions.ahead import AheadCall, graphs_of
 from diffusers_turbo.actions.calls import COMPILED, calls_from
 from diffusers_turbo.actions.partial_offload import PartialResidency
-from diffusers_turbo.actions.streaming import Loan
+from diffusers_turbo.actions.streaming import Loan, Window
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.graphs.capture import CAPTURES
 from tests import tiny
@@ -294,7 +294,8 @@ def recording(monkeypatch):
                 state.pop()
 
     monkeypatch.setitem(CAPTURES, "cpu", Told)
-    monkeypatch.setattr(partial_offload, "is_recording", lambda device: bool(state))
+    for user in (partial_offload, streaming):
+        monkeypatch.setattr(user, "is_recording", lambda device: bool(state))
     return state
 
 
@@ -315,16 +316,37 @@ def test_a_denoiser_that_is_streamed_is_recorded_with_its_copies(resident_bytes,
         return {}
 
     for _ in range(4):
-        assert torch.equal(tiny.picture(pipe, steps=4), tiny.picture(plain, steps=4))
+        assert torch.equal(tiny.picture(pipe, steps=6), tiny.picture(plain, steps=6))
     assert graphs.reason is None
-    # the first call learns, the second sees and records, the others record at once
-    assert (graphs.captured, graphs.replayed) == (3, 11)
+    # the first step learns, the second sees, the third is recorded; other calls record at once
+    assert (graphs.eager, graphs.captured, graphs.replayed) == (2, 4, 22)
     assert FakeCapture.alive == 0  # gone with the window
     ours, stock = (tiny.picture(each, steps=4, callback_on_step_end=change) for each in (pipe, plain))
     assert torch.equal(ours, stock)
     pipe.unet.load_state_dict(weights)
     pipe.turbo_undo()
     assert differences(before, state_of(pipe)) == []
+
+
+def test_a_recording_that_fails_half_way_leaves_nothing_in_the_window(recording, monkeypatch):
+    """As where a graph finds no memory of its own under a tight cap."""
+    enter, entered = Window.enter, []
+
+    def failing(self, group):
+        if recording:
+            entered.append(group)
+            if len(entered) % 3 == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        enter(self, group)
+
+    monkeypatch.setattr(Window, "enter", failing)
+    pipe = turbo(tiny.sd())
+    pipe.enable_partial_offload(300_000, device=DEVICE)
+    pipe.enable_cuda_graphs()
+    for _ in range(2):
+        assert torch.equal(tiny.picture(pipe, steps=4), tiny.picture(tiny.sd(), steps=4))
+    assert (recorded(pipe).captured, recorded(pipe).eager) == (0, 8)
+    assert "could not be captured" in str(pipe.turbo_report())
 
 
 def test_a_denoiser_that_is_streamed_from_ordinary_memory_is_refused(monkeypatch):
