@@ -95,10 +95,14 @@ class StageMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """The estimated peaks of all stages, in the order in which they run."""
+    """The estimated peaks of all stages, in the order in which they run.
+
+    `least_bytes` is what the allocator holds at least, gaps between blocks included, where that is known.
+    """
 
     stages: tuple[StageMemory, ...]
     margin: float = MARGIN
+    least_bytes: int = 0
 
     @property
     def peak(self) -> StageMemory:
@@ -112,8 +116,8 @@ class MemoryEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """The peak with the estimate's margin: what must be free for the plan to be called fitting."""
-        return int(self.peak_bytes * (1 + self.margin))
+        """What must be free for the plan to be called fitting: the peak with its margin, and what holds it."""
+        return max(int(self.peak_bytes * (1 + self.margin)), self.least_bytes)
 
     def stage(self, name: str) -> StageMemory:
         """Return one stage by name."""
@@ -122,7 +126,7 @@ class MemoryEstimate:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryEstimate:
         """Read back what `dataclasses.asdict` wrote."""
-        return cls(stages=tuple(StageMemory(**stage) for stage in data["stages"]), margin=data["margin"])
+        return cls(**{**data, "stages": tuple(StageMemory(**stage) for stage in data["stages"])})
 
 
 class Estimates(Protocol):

@@ -290,6 +290,7 @@ def _stage(name: str, peak: Peak, reasons: tuple[str, ...]) -> StagePeak:
         stage=name,
         allocated_bytes=peak.allocated,
         reserved_bytes=peak.reserved,
+        least_bytes=peak.least,
         weights_bytes=peak.weights,
         activation_bytes=peak.activations,
         workspace_bytes=peak.workspace,

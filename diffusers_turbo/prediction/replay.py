@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .allocator import DEFAULT_POOL, Allocator, Block
 from .recording import Convolved, Entered, Gone, Left, Made, Multiplied, Recording
@@ -17,20 +17,23 @@ CATEGORIES = ("weights", "activations", "workspace", "graphs")
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The moment at which most was allocated, in bytes, by what it was for; `reserved` is the most in the stage."""
+    """The moment at which most was allocated, in bytes, by what it was for.
+
+    `reserved` is the most in the stage, `least` what of it could not have been given back when memory was short.
+    """
 
     allocated: int = 0
     reserved: int = 0
+    least: int = 0
     weights: int = 0
     activations: int = 0
     workspace: int = 0
     graphs: int = 0
 
     def higher(self, other: Peak) -> Peak:
-        """The higher of two peaks, with what was reserved at most."""
+        """The higher of two peaks, with the most of either of what was reserved."""
         top = self if self.allocated >= other.allocated else other
-        parts = {name: getattr(top, name) for name in CATEGORIES}
-        return Peak(allocated=top.allocated, reserved=max(self.reserved, other.reserved), **parts)
+        return replace(top, reserved=max(self.reserved, other.reserved), least=max(self.least, other.least))
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Replay:
     held: list[Block] = field(default_factory=list)
     _blas: set[int] = field(default_factory=set)
     _pools: int = 0
+    _capturing: bool = False
 
     def begin_stage(self) -> None:
         """Count peaks anew from here."""
@@ -83,8 +87,10 @@ class Replay:
         self.allocator.empty_cache(DEFAULT_POOL)  # torch.cuda.graph does so before it records
         inputs = [self.hold(size, "graphs") for given in recording.inputs for size in given]
         self._pools += 1
+        self._capturing = True
         outputs = self.run(recording, self._pools, CAPTURE_STREAM)
         self._look()
+        self._capturing = False
         return inputs + outputs
 
     def drop(self, graphs: list[Block]) -> None:
@@ -117,12 +123,15 @@ class Replay:
                 self.allocator.allocate(self.workspaces.other_bytes, "workspace", pool)
 
     def _look(self) -> None:
-        memory = self.allocator
-        if memory.allocated <= self.peak.allocated and memory.reserved <= self.peak.reserved:
+        memory, peak = self.allocator, self.peak
+        # the allocator gives nothing back while a graph is recorded
+        least = memory.reserved if self._capturing else memory.reserved - memory.idle
+        if memory.allocated <= peak.allocated and memory.reserved <= peak.reserved and least <= peak.least:
             return
         now = Peak(
             allocated=memory.allocated,
             reserved=memory.reserved,
+            least=least,
             **{name: memory.requested[name] for name in CATEGORIES},
         )
         self.peak = self.peak.higher(now) if self.peak.allocated else now

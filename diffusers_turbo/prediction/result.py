@@ -22,6 +22,8 @@ class StagePeak:
         stage: "encode", "vae_encode", "denoise" or "decode".
         allocated_bytes: what `torch.cuda.max_memory_allocated()` would say of the stage.
         reserved_bytes: what the allocator has taken from the driver by then, as `max_memory_reserved()`.
+        least_bytes: what of it cannot be given back when memory is short: segments in which anything lies, and while a
+            graph is recorded all that there are.
         weights_bytes, activation_bytes, workspace_bytes, graph_bytes: what was asked for, by purpose; a graph's own
             activations and workspaces are among `graph_bytes`.
         slack_bytes: what is allocated beyond what was asked for: the allocator gives whole blocks.
@@ -31,6 +33,7 @@ class StagePeak:
     stage: str
     allocated_bytes: int
     reserved_bytes: int
+    least_bytes: int
     weights_bytes: int
     activation_bytes: int
     workspace_bytes: int
@@ -83,8 +86,13 @@ class MemoryPrediction:
 
     @property
     def needed_bytes(self) -> int:
-        """The peak with its margin: what must be free."""
-        return int(self.peak_bytes * (1 + self.margin))
+        """What must be free: the peak with its margin, and what the allocator cannot give back."""
+        return max(int(self.peak_bytes * (1 + self.margin)), self.least_bytes)
+
+    @property
+    def least_bytes(self) -> int:
+        """The most over all stages of what the allocator cannot give back."""
+        return max(stage.least_bytes for stage in self.stages)
 
     def stage(self, name: str) -> StagePeak:
         """Return one stage by name."""
@@ -103,7 +111,7 @@ class MemoryPrediction:
             )
             if name not in named or found.peak_bytes > named[name].peak_bytes:
                 named[name] = found
-        return MemoryEstimate(stages=tuple(named.values()), margin=self.margin)
+        return MemoryEstimate(stages=tuple(named.values()), margin=self.margin, least_bytes=self.least_bytes)
 
     def explain(self) -> str:
         """Return the prediction as text."""
@@ -125,7 +133,8 @@ class MemoryPrediction:
                 "allocator slack": stage.slack_bytes,
             }
             lines.append("    " + ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size))
-        lines.append(f"  with a margin of {self.margin:.0%}: {gib(self.needed_bytes)}")
+        held = f", at least {gib(self.least_bytes)} for gaps between blocks"
+        lines.append(f"  with a margin of {self.margin:.0%}{held}: {gib(self.needed_bytes)}")
         lines.append(f"  allocator: {self.allocator}")
         lines.extend(f"  - {note}" for note in self.notes)
         return "\n".join(lines)
