@@ -49,6 +49,12 @@ def bring_of(module: nn.Module) -> Callable[[], None] | None:
     return getattr(hook, "bring", None) if getattr(hook, "lets_record", False) else None
 
 
+def end_of(module: nn.Module) -> Callable[[], None] | None:
+    """Return what ends a call of a module that was interrupted, where its weights are streamed."""
+    hook = vars(module).get(_ACCELERATES)
+    return getattr(hook, "interrupted", None)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module's forward is its class's, if need be under a hook that lets it be recorded."""
     if bring_of(module) is None:

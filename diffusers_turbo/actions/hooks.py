@@ -60,6 +60,10 @@ class ComponentHook(Hook):
         self.residency.arrive(self.component)
         self.residency.settle()
 
+    def interrupted(self) -> None:
+        """End a call that was interrupted, on every stream that takes part in it."""
+        self.residency.settle()
+
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Bring the component, and its arguments."""
         from accelerate.utils import send_to_device

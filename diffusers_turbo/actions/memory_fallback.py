@@ -339,6 +339,8 @@ def _usable_bytes(device: torch.device) -> int | None:
     """Return what this process may hold on the device; None where that is not known."""
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
-    return min(free + torch.cuda.memory_reserved(device), int(total * fraction))
+    # of "cuda" alone it tells no fraction
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)(index)
+    return min(free + torch.cuda.memory_reserved(index), int(total * fraction))

@@ -27,7 +27,19 @@ from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
 from .page_locked import can_pin, pin
-from .streaming import HOST, Group, Loan, Unit, Window, bring, extent, is_recording, units_of, weights_of
+from .streaming import (
+    HOST,
+    Group,
+    Loan,
+    Unit,
+    Window,
+    bring,
+    extent,
+    is_recording,
+    return_cached,
+    units_of,
+    weights_of,
+)
 from .undo import ABSENT, Journal, journaling, owned, put
 
 
@@ -157,6 +169,8 @@ class PartialResidency:
         if not (self._in_call and self._checked):
             self._look_for_changes()
         if not self._here:
+            if self.streamed:
+                return_cached(self.device)  # weights in the middle of it leave gaps that no graph can use
             self._staying.bring(self._resident(), faithful=self._in_call and self.options.denoiser_leaves)
             self._here = True
         if self.groups is None:

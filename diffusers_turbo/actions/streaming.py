@@ -54,6 +54,12 @@ def is_recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def return_cached(device: torch.device) -> None:
+    """Return to a device what its allocator keeps for allocations to come."""
+    if device.type not in ("cpu", "mps"):
+        torch.get_device_module(device).empty_cache()
+
+
 def extent(tensor: Tensor) -> int:
     """Return the bytes from a tensor's first element to its last, whatever its strides."""
     if not tensor.numel():
@@ -258,6 +264,7 @@ class Window:
 
     def settle(self) -> None:
         """Hold nothing; what comes on the current stream waits for copies under way."""
+        self.leave()
         self._recording = False
         if self.stream is not None and self.streams is not None:
             self.streams.current_stream(self.device).wait_stream(self.stream)

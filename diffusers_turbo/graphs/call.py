@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
-from ..modules import bring_of, device_of, moves_unrecorded
+from ..modules import bring_of, device_of, end_of, hooked_in, moves_unrecorded
 from .capture import CAPTURES, Capture
 from .inputs import StaticInputs
 from .signature import MODE, Signature, flatten, signature_of, unflatten
@@ -155,7 +155,9 @@ class GraphedCall:
 
     def _why_not(self) -> str | None:
         """Return why calls must not be captured: for what hangs on the module, or on the component it is a part of."""
-        if self.owner is not None and moves_unrecorded(self.owner):
+        part = self.owner is not None and self.owner is not self.module
+        # what is streamed can only be recorded from the beginning of the component's call on
+        if self.owner is not None and (moves_unrecorded(self.owner) or (part and hooked_in(self.module))):
             return f"its {type(self.owner).__name__} carries offload hooks, which move its weights between calls"
         return why_not_capturable(self.module)
 
@@ -172,7 +174,13 @@ class GraphedCall:
 
         def run() -> Any:
             args, kwargs = unflatten(inputs.static, structure)
-            return self.inner(*args, **kwargs)
+            try:
+                return self.inner(*args, **kwargs)
+            except BaseException:
+                # a recording that another stream takes part in can't be ended before that has come back
+                if (end := end_of(self.module)) is not None:
+                    end()
+                raise
 
         try:
             capture = CAPTURES[self.device.type](run, self.device)

@@ -285,6 +285,8 @@ class ByShare(Residency):
             return
         if path in self.looped:
             self._send_working()
+            if self.window_size and any(owner not in self.held for owner in self.staying):
+                self.allocator.empty_cache()
             self._bring(self.staying)
             if self.window_size and not self.window:
                 self.window = [self.allocator.allocate(self.window_size // 2, "weights") for _ in range(2)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusers_turbo import turbo
+from diffusers_turbo.actions import memory_fallback
 from diffusers_turbo.errors import OutOfMemoryError
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
@@ -210,3 +211,19 @@ def test_steps_go_along_with_a_copy(monkeypatch):
     assert torch.equal(tiny.picture(twin), stock)
     pipe.disable_memory_fallback()
     assert "enable_model_cpu_offload" in actions(twin)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_the_room_on_a_device_that_is_named_without_its_number(name, monkeypatch):
+    """torch tells a process's share of a device only by its number."""
+
+    def fraction(device):
+        if not isinstance(device, int):
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+        return 0.5 if device == 1 else 0.25
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction, raising=False)
+    assert memory_fallback._usable_bytes(torch.device(name)) == (500 if name == "cuda:1" else 250)

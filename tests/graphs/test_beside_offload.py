@@ -199,8 +199,10 @@ def test_a_callback_that_has_other_components_work_between_the_steps(first, work
     assert FakeCapture.alive == 0
 
 
+@pytest.mark.parametrize("resident_bytes", [None, 100_000])
 @pytest.mark.parametrize("first", ["graphs", "offload"])
-def test_graphs_of_several_controlnets_leave_with_them(first):
+def test_graphs_of_several_controlnets_leave_with_them(first, resident_bytes):
+    """Where they are streamed there are none: a graph of one would begin in the middle of what all of them stream."""
     torch.manual_seed(1)
     base = tiny.sd()
     net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 16, 16)).eval()
@@ -221,10 +223,14 @@ def test_graphs_of_several_controlnets_leave_with_them(first):
     stock = tiny.picture(pipe, **arguments)
     if first == "graphs":
         pipe.enable_cuda_graphs()
-    offloaded(pipe)
+    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=True, device=DEVICE)
+    if first == "offload":
+        pipe.enable_cuda_graphs()
     for callback in (None, encode, None):
         ours = tiny.picture(pipe, **arguments, callback_on_step_end=callback)
         assert torch.allclose(ours, stock, atol=1e-5)
+    captured = {graphs_of(vars(net)[COMPILED]).captured > 0 for net in pipe.controlnet.nets}
+    assert captured == {resident_bytes is None}
     assert FakeCapture.alive == 0
 
 
@@ -339,13 +345,21 @@ def test_a_recording_that_fails_half_way_leaves_nothing_in_the_window(recording,
                 raise torch.OutOfMemoryError("CUDA out of memory")
         enter(self, group)
 
+    settle, settled = Window.settle, []
+
+    def seen(self):
+        settled.append(bool(recording))
+        settle(self)
+
     monkeypatch.setattr(Window, "enter", failing)
+    monkeypatch.setattr(Window, "settle", seen)
     pipe = turbo(tiny.sd())
     pipe.enable_partial_offload(300_000, device=DEVICE)
     pipe.enable_cuda_graphs()
     for _ in range(2):
         assert torch.equal(tiny.picture(pipe, steps=4), tiny.picture(tiny.sd(), steps=4))
     assert (recorded(pipe).captured, recorded(pipe).eager) == (0, 8)
+    assert settled.count(True) == 2  # before either recording ended: its streams have come together
     assert "could not be captured" in str(pipe.turbo_report())
 
 

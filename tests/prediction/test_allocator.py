@@ -111,6 +111,10 @@ def test_counts_hold_through_any_sequence():
             taken.append(memory.allocate(int(2 ** chance.uniform(0, 26))))
         assert memory.allocated == sum(block.size for block in taken) <= memory.reserved
         assert all(block.size >= rounded(block.requested) for block in taken)
+        if chance.random() < 0.05:
+            held = memory.reserved - memory.idle
+            memory.empty_cache()
+            assert (memory.reserved, memory.idle) == (held, 0)
     spans = sorted((block.address, block.address + block.size) for block in taken)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     for block in taken:
