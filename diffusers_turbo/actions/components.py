@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import NotSupportedError, explain_failure
-from ..facts.components import read_component
+from ..facts.components import read_refusal
 from ..facts.pipeline import require_pipeline
 
 
@@ -52,7 +52,7 @@ def require_plain_weights(pipe: Any, tried: str) -> None:
         NotSupportedError: with the component and the reason.
     """
     for name, module in modules_of(pipe).items():
-        if reason := read_component(name, "", module).refusal:
+        if reason := read_refusal(name, module):
             needed, do = "plain weights on one device", "leave this switch off, or load the component without"
             raise NotSupportedError(explain_failure(tried, reason, needed, do))
 

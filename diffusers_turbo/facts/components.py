@@ -61,11 +61,18 @@ class ComponentFacts:
     @property
     def refusal(self) -> str | None:
         """Why switches that touch this component's weights must refuse; None where they need not."""
-        if self.quantised:
-            return f"{self.name} is quantised ({self.quantised})"
-        if self.device_map:
-            return f"{self.name} is spread by a device_map ({self.device_map})"
-        return None
+        return _refusal(self.name, self.quantised, self.device_map)
+
+
+def read_refusal(name: str, module: torch.nn.Module) -> str | None:
+    """Read of one module only why switches that touch its weights must refuse."""
+    return _refusal(name, _quantisation(module), _device_map(module))
+
+
+def _refusal(name: str, quantised: str | None, device_map: str | None) -> str | None:
+    if quantised:
+        return f"{name} is quantised ({quantised})"
+    return f"{name} is spread by a device_map ({device_map})" if device_map else None
 
 
 def read_component(name: str, role: str, module: torch.nn.Module) -> ComponentFacts:

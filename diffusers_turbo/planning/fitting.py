@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .conflicts import conflicts_between
-from .memory import LOOPED_ROLES
+from .memory import ENCODER_ROLES, LOOPED_ROLES
 from .options import (
     CUDAGraphs,
     GroupOffload,
@@ -191,7 +191,7 @@ def _offload_options(situation: Situation) -> tuple[Options, ...]:
     partial = PartialOffload(denoiser_leaves=True, device=_offload_device(situation))
     # what is there beside the denoiser may be larger than all that has to be of it
     parts = situation.pipeline.components
-    texts = tuple(part.name for part in parts if part.role in ("text_encoder", "image_encoder"))
+    texts = tuple(part.name for part in parts if part.role in ENCODER_ROLES)
     others = tuple(part.name for part in parts if part.role not in LOOPED_ROLES)
     alone = (replace(partial, by_layers=names) for names in dict.fromkeys((texts, others)) if names)
     return (*_offloads(situation, partial), *alone)

@@ -71,6 +71,9 @@ _ENCODE_BYTES = 64 * MIB
 # The KL autoencoder of every Stable Diffusion, for autoencoders whose config says nothing.
 _DEFAULT_DECODER = (128, 256, 512, 512)
 
+ENCODER_ROLES = ("text_encoder", "image_encoder")
+"""Roles of the components that are called before the loop."""
+
 LOOPED_ROLES = ("denoiser", "controlnet")
 """Roles of the components that are called at every step."""
 
@@ -191,7 +194,7 @@ Switches = Mapping[type[Options], Options]
 def _encode(facts: PipelineFacts, switches: Switches) -> StageMemory:
     return StageMemory(
         stage="encode",
-        weights_bytes=_weights(facts, switches, ("text_encoder", "image_encoder")),
+        weights_bytes=_weights(facts, switches, ENCODER_ROLES),
         activation_bytes=_ENCODE_BYTES if any(part.role == "text_encoder" for part in facts.components) else 0,
         workspace_bytes=FIXED_BYTES,
     )

@@ -67,7 +67,7 @@ class PipelineCall:
         if call == 0 or self.leaves:
             # what was projected is an input, of which a graph has its own copy
             graphs = [self.replay.hold(self.projected_bytes, "graphs")] if self.projected_bytes else []
-            graphs += self.replay.capture(recording)
+            graphs += self.replay.capture(recording, required=True)
             if self.leaves:
                 self.replay.drop(graphs)
         elif self.projected_bytes:

@@ -19,7 +19,7 @@ from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts, read_pipeline
 from ..planning import options as opt
-from ..planning.memory import LOOPED_ROLES, MemoryEstimate, estimate_memory, offload_in_force
+from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, MemoryEstimate, estimate_memory, offload_in_force
 from ..planning.options import Options
 from ..planning.request import Request, settle
 from .allocator import Allocator
@@ -75,7 +75,7 @@ def predict_memory(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A skeleton with its switches thrown, its weights, and what could not be thrown.
+    """A skeleton with its switches thrown, marks on its modules, its weights, and what could not be thrown.
 
     `widened`: the pipeline casts its VAE to float32 to work; the skeleton's is cast, its weights are given as they are
     between the stages.
@@ -83,7 +83,6 @@ class _Prepared:
 
     skeleton: Skeleton
     weights: Weights
-    marks: Marks
     told: tuple[str, ...]
     widened: bool
 
@@ -106,6 +105,8 @@ class Predictor:
     workspaces: Workspaces | None = None
     _prepared: dict[tuple[Options, ...], _Prepared] = field(default_factory=dict, repr=False)
     _recordings: dict[Any, Recording] = field(default_factory=dict, repr=False)
+    _marks: Marks = field(default_factory=Marks, repr=False)
+    _encoders: dict[bool, dict[str, nn.Module]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.pipe, str):
@@ -159,33 +160,37 @@ class Predictor:
         assert self.device is not None
         thrown = tuple(option for option in options if not isinstance(option, (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN)))
         if thrown not in self._prepared:
-            skeleton = skeleton_of(self.pipe, self._facts)
+            # which no other switch is about
+            encoders = self._encoders.setdefault(any(isinstance(option, opt.HalfPrecision) for option in thrown), {})
+            skeleton = skeleton_of(self.pipe, self._facts, copied=encoders)
             already = in_force(self.pipe, ())
             told = throw(skeleton, thrown, already, self.device)
             blobs = {
                 part.name: part.parameter_bytes for part in skeleton.facts.components if part.name in skeleton.left_out
             }
             weights = read_weights(skeleton.pipe, skeleton.modules, blobs)
-            marks = Marks()
             paths = marked_paths(weights)
-            for component, root in skeleton.modules.items():
+            fresh = {name: root for name, root in skeleton.modules.items() if name not in encoders}
+            for component, root in fresh.items():
                 for name, module in root.named_modules():
                     path = f"{component}.{name}" if name else component
                     if path in paths:
-                        marks.put_on(module, path)
+                        self._marks.put_on(module, path)
+            roles = {part.name: part.role for part in skeleton.facts.components}
+            encoders.update((name, root) for name, root in fresh.items() if roles.get(name) in ENCODER_ROLES)
             if (vae := skeleton.modules.get("vae")) is not None:
-                _shorten(vae, marks)
+                _shorten(vae, self._marks)
             if widened := widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
                 # past diffusers' own `to`, which warns of modules that it would keep
                 nn.Module.to(skeleton.modules["vae"], torch.float32)
-            self._prepared[thrown] = _Prepared(skeleton, weights, marks, tuple(told), widened)
+            self._prepared[thrown] = _Prepared(skeleton, weights, tuple(told), widened)
         return self._prepared[thrown]
 
     def _record(
         self, prepared: _Prepared, options: Sequence[Options], picture: Picture, estimate: MemoryEstimate
     ) -> dict[str, Recording]:
         assert self.device is not None
-        stages = Stages(prepared.skeleton, self.device, picture, prepared.marks)
+        stages = Stages(prepared.skeleton, self.device, picture, self._marks)
         found = {}
         for stage in stages.names():
             # what only the VAE heeds makes no other stage differ

@@ -79,15 +79,16 @@ class Replay:
             self._look()
         return [blocks[key] for key in recording.kept if key in blocks]
 
-    def capture(self, recording: Recording) -> list[Block]:
+    def capture(self, recording: Recording, *, required: bool = False) -> list[Block]:
         """Record a stage's networks as CUDA graphs, as `enable_cuda_graphs()` does; return what stays of it.
 
-        Inputs and outputs, which are the graph's own; while they are held the graph's pool is nobody else's.
+        Inputs and outputs, which are the graph's own; while they are held the graph's pool is nobody else's. Where
+        there is no room to record, networks run without a graph, unless it is `required`.
         """
         self.allocator.empty_cache(DEFAULT_POOL)  # torch.cuda.graph does so before it records
         inputs = [self.hold(size, "graphs") for given in recording.inputs for size in given]
         self._pools += 1
-        self._capturing = True
+        self._capturing = required
         outputs = self.run(recording, self._pools, CAPTURE_STREAM)
         self._look()
         self._capturing = False

@@ -22,8 +22,8 @@ class StagePeak:
         stage: "encode", "vae_encode", "denoise" or "decode".
         allocated_bytes: what `torch.cuda.max_memory_allocated()` would say of the stage.
         reserved_bytes: what the allocator has taken from the driver by then, as `max_memory_reserved()`.
-        least_bytes: what of it cannot be given back when memory is short: segments in which anything lies, and while a
-            graph is recorded all that there are.
+        least_bytes: what of it cannot be given back when memory is short: segments in which anything lies, and while
+            the denoiser's graph is recorded all that there are.
         weights_bytes, activation_bytes, workspace_bytes, graph_bytes: what was asked for, by purpose; a graph's own
             activations and workspaces are among `graph_bytes`.
         slack_bytes: what is allocated beyond what was asked for: the allocator gives whole blocks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ LEFT_BEHIND = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
 copy; what they do to memory is modelled, or is said not to be."""
 
 _TABLES = (dict, OrderedDict)
+
+_NONE_YET: Mapping[str, nn.Module] = {}
 
 
 @dataclass
@@ -41,12 +44,15 @@ class Skeleton:
         return {name: part for name, part in modules_of(self.pipe).items() if name not in self.left_out}
 
 
-def skeleton_of(pipe: Any, facts: PipelineFacts | None = None) -> Skeleton:
+def skeleton_of(
+    pipe: Any, facts: PipelineFacts | None = None, *, copied: Mapping[str, nn.Module] = _NONE_YET
+) -> Skeleton:
     """Copy a pipeline's structure. No weight is read, copied or moved, and nothing of the pipeline changes.
 
     Args:
         pipe: a diffusers pipeline.
         facts: what `read_pipeline` says of it, where that is known already.
+        copied: components of an earlier skeleton to take as they are.
 
     Raises:
         NotSupportedError: no diffusers pipeline, or one without a denoiser.
@@ -56,6 +62,9 @@ def skeleton_of(pipe: Any, facts: PipelineFacts | None = None) -> Skeleton:
     vars(double).update({name: value for name, value in vars(pipe).items() if name != LEDGER_ATTRIBUTE})
     skeleton = Skeleton(double, facts)
     for name, module in modules_of(pipe).items():
+        if name in copied:
+            vars(double)[name] = copied[name]
+            continue
         vars(double)[name] = None  # never the real one: switches are thrown on what is here
         part = facts.component(name)
         reason = part.quantised if part is not None else None

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..actions.components import networks_in
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import upcasts_vae
-from ..planning.memory import StageMemory
+from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, StageMemory
 from .attention import KernelMemory
 from .inputs import (
     VAES,
@@ -87,7 +87,7 @@ class Stages:
         )
 
     def _components(self, stage: str) -> list[str]:
-        roles = {"encode": ("text_encoder", "image_encoder"), "denoise": ("controlnet", "denoiser")}
+        roles = {"encode": ENCODER_ROLES, "denoise": LOOPED_ROLES}
         return [part.name for part in self.facts.components if part.role in roles.get(stage, ("vae",))]
 
     @property

@@ -130,7 +130,9 @@ def test_while_a_graph_is_recorded_nothing_can_be_given_back():
     replay.run(recording)
     assert (replay.peak.least, replay.peak.reserved) == (40 * MIB, 70 * MIB)
     replay.capture(recording)
-    assert replay.peak.least == (14 + 70) * MIB
+    assert replay.peak.least == (14 + 40) * MIB
+    replay.capture(recording, required=True)  # beside the inputs of the first
+    assert replay.peak.least == (14 + 70 + 14 + 70) * MIB
 
 
 def test_a_capture_empties_the_cache_and_keeps_a_pool():
