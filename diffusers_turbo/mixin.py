@@ -323,6 +323,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         pinned_bytes: int | str | None = None,
         denoiser_leaves: bool = False,
         by_layers: str | tuple[str, ...] | None = None,
+        prefetch: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         """Exact: as much of the denoiser on the GPU as fits, the rest streamed while what is before it computes.
@@ -342,6 +343,8 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
                 the next picture the text encoders.
             by_layers: names of other components that do not come whole but layer by layer, each as it works: text
                 encoders may be larger than all that is there of the denoiser.
+            prefetch: copy a group of layers in while the one before it computes; without, the window holds one group
+                and is half as large, and computing waits for copies.
             device: the accelerator, by default the one there is.
 
         Raises:
@@ -354,6 +357,7 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
                 pinned_bytes=pinned_bytes,
                 denoiser_leaves=denoiser_leaves,
                 by_layers=by_layers,
+                prefetch=prefetch,
                 device=device,
             )
         )

@@ -20,7 +20,7 @@ from ..facts.pipeline import read_pipeline
 from ..modules import modules_in
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
-from ..planning.residents import SMALL_BYTES, WINDOW, aligned, choose_streamed, join_neighbours
+from ..planning.residents import SMALL_BYTES, aligned, choose_streamed, join_neighbours, window_sizes
 from ..planning.units import gib
 from .calls import look_again, release_recorded
 from .components import denoiser_of, modules_of
@@ -179,8 +179,8 @@ class PartialResidency:
             self._learnt.append(component)
             return
         if self.streamed and self._window is None:
-            largest = max(group.size for group in self.streamed)
-            self._window = Window(self.device, largest, min(WINDOW, len(self.streamed)))
+            groups = [group.size for group in self.streamed]
+            self._window = Window(self.device, window_sizes(groups, range(len(groups)), self.options.window))
 
     def settle(self) -> None:
         """Have the window hold nothing: what was recorded of a forward fills it by itself."""

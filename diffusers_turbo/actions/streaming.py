@@ -186,16 +186,15 @@ class Window:
 
     Args:
         device: where they work.
-        size: bytes of the largest group.
-        count: groups on the device at a time.
+        sizes: bytes of its buffers, each of which holds any group; with one of them nothing comes ahead.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, device: torch.device, size: int, count: int) -> None:
+    def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
         self.streams = torch.get_device_module(device) if device.type not in ("cpu", "mps") else None
         self.stream = self.streams.Stream(device) if self.streams is not None else None
         self.device = device
-        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
+        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for size in sizes]
         self._working: _Slot | None = None
         self._homes: tuple[Tensor, ...] = ()
         self._recording = False

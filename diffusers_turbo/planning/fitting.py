@@ -55,9 +55,10 @@ class Rung:
         return max((TILE_SIZES[-1] / size for size in sizes if size), default=0.0)
 
     @property
-    def by_layers(self) -> bool:
-        """Whether components beside the denoiser come layer by layer."""
-        return any(isinstance(option, PartialOffload) and bool(option.alone) for option in self.options)
+    def stints(self) -> bool:
+        """Whether partial offload does without what takes room: components that come whole, or prefetching."""
+        offloads = [option for option in self.options if isinstance(option, PartialOffload)]
+        return any(bool(option.alone) or not option.prefetch for option in offloads)
 
     @property
     def streams(self) -> bool:
@@ -193,8 +194,9 @@ def _offload_options(situation: Situation) -> tuple[Options, ...]:
     parts = situation.pipeline.components
     texts = tuple(part.name for part in parts if part.role in ENCODER_ROLES)
     others = tuple(part.name for part in parts if part.role not in LOOPED_ROLES)
-    alone = (replace(partial, by_layers=names) for names in dict.fromkeys((texts, others)) if names)
-    return (*_offloads(situation, partial), *alone)
+    alone = [replace(partial, by_layers=names) for names in dict.fromkeys((texts, others)) if names]
+    least = replace(alone[-1] if alone else partial, prefetch=False)
+    return (*_offloads(situation, partial), *alone, least)
 
 
 def _offloads(situation: Situation, partial: PartialOffload) -> tuple[Options, ...]:
@@ -323,9 +325,10 @@ def _why_taken(
                 f"VAE come and go, which adds {seconds}."
             )
         alone = f"; {', '.join(option.alone)} come layer by layer" if option.alone else ""
+        hidden = ", less what computing hides" if option.prefetch else ", one group of layers after the other"
         return (
             f"The pipeline {numbers}. {gib(int(option.resident_bytes))} of the denoiser fill the room there is and "
-            f"{meanwhile}; the rest is copied at every step, which adds {seconds}, less what computing hides{alone}."
+            f"{meanwhile}; the rest is copied at every step, which adds {seconds}{hidden}{alone}."
         )
     return f"The pipeline {numbers}. Moving its weights adds {seconds}."
 

@@ -32,7 +32,6 @@ from .options import (
     VAETiling,
     XFormersAttention,
 )
-from .residents import WINDOW
 from .units import MIB
 
 if TYPE_CHECKING:
@@ -340,7 +339,7 @@ def _partly(facts: PipelineFacts, switches: Switches, roles: tuple[str, ...], of
     resident_bytes = offload.stays(whole)
     if "denoiser" in roles:
         leaf = max((_scaled(part, part.largest_leaf_bytes, facts, switches) for part in looped), default=0)
-        return min(whole, resident_bytes + WINDOW * leaf)
+        return min(whole, resident_bytes + offload.window * leaf)
     working = [part for part in facts.components if part.role in roles]
     held = max((_scaled(part, _visiting_bytes(part, offload), facts, switches) for part in working), default=0)
     return held + (0 if offload.denoiser_leaves else resident_bytes)

@@ -123,10 +123,8 @@ def make_plan(
         fitting = [item for item in tried if usable is not None and item.needed_bytes <= usable]
         if moves_weights(rung.options) and not rung.exact and any(item.exact for item in fitting):
             continue  # neither as exact as what fits, nor free
-        if rung.by_layers and any(
-            item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in fitting
-        ):
-            continue  # components need not come by layers where they fit whole
+        if rung.stints and any(item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in fitting):
+            continue  # nothing needs to be stinted of where one fits that does not
         if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
             continue  # graphs of what is streamed fit
         # where all of the denoiser has room, nothing is gained by streaming a part of it

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 ALIGNMENT = 512
 """Bytes to which CUDA's allocator rounds what it hands out, and to which tensors in a shared buffer are aligned."""
 
-WINDOW = 2
-"""Streamed groups on the device at a time: the one that works, and the one that comes."""
-
 SMALL_BYTES = 16 * 2**10
 """Layers up to this size, norms above all, do not come alone: they cost a copy each and no room to speak of, and tiles
 share the statistics only of norms without hooks."""
@@ -79,9 +76,13 @@ def choose_streamed(sizes: Sequence[int], resident_bytes: int) -> frozenset[int]
     return frozenset(streamed)
 
 
-def window_bytes(sizes: Sequence[int], streamed: Collection[int]) -> int:
-    """Return the room that streamed groups pass through: for a group that works and one that comes."""
-    return min(WINDOW, len(streamed)) * max((sizes[index] for index in streamed), default=0)
+def window_sizes(sizes: Sequence[int], streamed: Collection[int], most: int) -> list[int]:
+    """Return the sizes of the buffers that streamed groups pass through: of `most` of them, if there are so many.
+
+    >>> window_sizes([5, 3, 9], {0, 1}, 2)
+    [5, 5]
+    """
+    return [max(sizes[index] for index in streamed)] * min(most, len(streamed)) if streamed else []
 
 
 @dataclass(frozen=True)

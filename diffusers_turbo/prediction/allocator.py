@@ -79,14 +79,18 @@ class Allocator:
     Blocks of one `pool` (a stream's, a CUDA graph's) are never given to another. What is counted as allocated are whole
     blocks: a large one that is not worth splitting counts with the rest that nobody asked for.
 
+    A `tight` one is at the edge of a cap: what is wholly free goes back to the driver before more is asked for, except
+    while a graph is `recording`.
+
     >>> memory = Allocator()
     >>> block = memory.allocate(25 * MIB)
     >>> memory.allocated // MIB, memory.reserved // MIB
     (26, 26)
     """
 
-    def __init__(self) -> None:
-        self.allocated = self.reserved = self.idle = 0
+    def __init__(self, *, tight: bool = False) -> None:
+        self.tight, self.recording = tight, False
+        self.allocated = self.reserved = 0
         self.requested: Counter[str] = Counter()
         self._free: dict[tuple[int, bool], list[tuple[int, int, Block]]] = {}
         self._end = 0
@@ -98,8 +102,6 @@ class Allocator:
         free = self._free.setdefault(key, [])
         index = bisect_left(free, (needed, -1))
         block = free.pop(index)[2] if index < len(free) else self._new_segment(needed, key)
-        if block.whole:
-            self.idle -= block.size
         rest = block.size - needed
         if rest >= MIN_BLOCK if key[1] else rest > SMALL:
             self._split(block, needed)
@@ -117,24 +119,21 @@ class Allocator:
             if other is not None and not other.taken:
                 self._withdraw(other)
                 block = self._joined(block, other)
-        if block.whole:
-            self.idle += block.size
         self._offer(block)
 
     def empty_cache(self, pool: int | None = None) -> None:
         """Return wholly free segments (of one pool, or of all) to the driver."""
         for key, free in self._free.items():
             if pool is None or key[0] == pool:
-                idle = sum(block.size for _, _, block in free if block.whole)
-                self.reserved -= idle
-                self.idle -= idle
+                self.reserved -= sum(block.size for _, _, block in free if block.whole)
                 free[:] = [item for item in free if not item[2].whole]
 
     def _new_segment(self, needed: int, key: tuple[int, bool]) -> Block:
+        if self.tight and not self.recording:
+            self.empty_cache()
         block = Block(self._end, segment_bytes(needed), key)
         self._end += block.size
         self.reserved += block.size
-        self.idle += block.size
         return block
 
     def _split(self, block: Block, needed: int) -> None:

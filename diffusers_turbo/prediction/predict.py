@@ -130,6 +130,17 @@ class Predictor:
         options: Sequence[Options] = (),
     ) -> MemoryPrediction:
         """Predict; see `predict_memory`."""
+        return self._predict(height, width, batch_size, options)
+
+    def _predict(
+        self,
+        height: int | None,
+        width: int | None,
+        batch_size: int,
+        options: Sequence[Options],
+        *,
+        only_tight: bool = False,
+    ) -> MemoryPrediction:
         assert self.device is not None
         options = in_force(self.pipe, _checked(options))
         prepared = self._prepare(options)
@@ -138,8 +149,10 @@ class Predictor:
         picture = Picture(height=situation.height, width=situation.width, batch_size=batch_size)
         estimate = estimate_memory(facts, picture.height, picture.width, batch_size, options)
         recordings = self._record(prepared, options, picture, estimate)
-        peaks = self._replay(prepared, options, picture, recordings)
-        return self._tell(prepared, options, picture, recordings, peaks)
+        tight = self._replay(prepared, options, picture, recordings, tight=True)
+        peaks = tight if only_tight else self._replay(prepared, options, picture, recordings)
+        least = {stage: peak.reserved for stage, peak in tight.items()}
+        return self._tell(prepared, options, picture, recordings, peaks, least)
 
     def estimate(
         self,
@@ -149,8 +162,8 @@ class Predictor:
         batch_size: int = 1,
         options: Sequence[Options] = (),
     ) -> MemoryEstimate:
-        """Answer as `planning.memory.estimate_memory` does, for the planner."""
-        return self(height=height, width=width, batch_size=batch_size, options=options).as_estimate()
+        """Answer as `planning.memory.estimate_memory` does, for the planner: at the edge of a cap."""
+        return self._predict(height, width, batch_size, options, only_tight=True).as_estimate()
 
     @cached_property
     def _facts(self) -> PipelineFacts:
@@ -202,11 +215,17 @@ class Predictor:
         return found
 
     def _replay(
-        self, prepared: _Prepared, options: Sequence[Options], picture: Picture, recordings: dict[str, Recording]
+        self,
+        prepared: _Prepared,
+        options: Sequence[Options],
+        picture: Picture,
+        recordings: dict[str, Recording],
+        *,
+        tight: bool = False,
     ) -> dict[str, Peak]:
         on = {type(option): option for option in options}
         widens, weights = prepared.widened, prepared.weights
-        allocator = Allocator()
+        allocator = Allocator(tight=tight)
         offload = offload_in_force(prepared.skeleton.facts, on)
         tiled = opt.VAETiling in on or bool(getattr(getattr(self.pipe, "vae", None), "use_tiling", False))
         whole = widens or (tiled and bool(getattr(offload, "use_stream", False)))
@@ -237,11 +256,12 @@ class Predictor:
         picture: Picture,
         recordings: dict[str, Recording],
         peaks: dict[str, Peak],
+        least: dict[str, int],
     ) -> MemoryPrediction:
         assert self.device is not None
         assert self.workspaces is not None
         workspaces, facts = self.workspaces, prepared.skeleton.facts
-        stages = tuple(_stage(name, peak, recordings[name].reasons) for name, peak in peaks.items())
+        stages = tuple(_stage(name, peak, least[name], recordings[name].reasons) for name, peak in peaks.items())
         notes = [*self._about_level(), *prepared.told]
         estimated = [stage for stage in stages if stage.estimated]
         notes += [f"{stage.stage} is the closed-form estimate: {stage.estimated}" for stage in estimated]
@@ -289,13 +309,13 @@ def _checked(options: Sequence[Options]) -> Sequence[Options]:
     return options
 
 
-def _stage(name: str, peak: Peak, reasons: tuple[str, ...]) -> StagePeak:
+def _stage(name: str, peak: Peak, least_bytes: int, reasons: tuple[str, ...]) -> StagePeak:
     asked = peak.weights + peak.activations + peak.workspace + peak.graphs
     return StagePeak(
         stage=name,
         allocated_bytes=peak.allocated,
         reserved_bytes=peak.reserved,
-        least_bytes=peak.least,
+        least_bytes=least_bytes,
         weights_bytes=peak.weights,
         activation_bytes=peak.activations,
         workspace_bytes=peak.workspace,

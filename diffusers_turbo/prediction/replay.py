@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .allocator import DEFAULT_POOL, Allocator, Block
 from .recording import Convolved, Entered, Gone, Left, Made, Multiplied, Recording
@@ -17,23 +17,20 @@ CATEGORIES = ("weights", "activations", "workspace", "graphs")
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The moment at which most was allocated, in bytes, by what it was for.
-
-    `reserved` is the most in the stage, `least` what of it could not have been given back when memory was short.
-    """
+    """The moment at which most was allocated, in bytes, by what it was for; `reserved` is the most in the stage."""
 
     allocated: int = 0
     reserved: int = 0
-    least: int = 0
     weights: int = 0
     activations: int = 0
     workspace: int = 0
     graphs: int = 0
 
     def higher(self, other: Peak) -> Peak:
-        """The higher of two peaks, with the most of either of what was reserved."""
+        """The higher of two peaks, with what was reserved at most."""
         top = self if self.allocated >= other.allocated else other
-        return replace(top, reserved=max(self.reserved, other.reserved), least=max(self.least, other.least))
+        parts = {name: getattr(top, name) for name in CATEGORIES}
+        return Peak(allocated=top.allocated, reserved=max(self.reserved, other.reserved), **parts)
 
 
 @dataclass
@@ -47,7 +44,6 @@ class Replay:
     held: list[Block] = field(default_factory=list)
     _blas: set[int] = field(default_factory=set)
     _pools: int = 0
-    _capturing: bool = False
 
     def begin_stage(self) -> None:
         """Count peaks anew from here."""
@@ -88,10 +84,10 @@ class Replay:
         self.allocator.empty_cache(DEFAULT_POOL)  # torch.cuda.graph does so before it records
         inputs = [self.hold(size, "graphs") for given in recording.inputs for size in given]
         self._pools += 1
-        self._capturing = required
+        self.allocator.recording = required
         outputs = self.run(recording, self._pools, CAPTURE_STREAM)
+        self.allocator.recording = False
         self._look()
-        self._capturing = False
         return inputs + outputs
 
     def drop(self, graphs: list[Block]) -> None:
@@ -124,15 +120,12 @@ class Replay:
                 self.allocator.allocate(self.workspaces.other_bytes, "workspace", pool)
 
     def _look(self) -> None:
-        memory, peak = self.allocator, self.peak
-        # the allocator gives nothing back while a graph is recorded
-        least = memory.reserved if self._capturing else memory.reserved - memory.idle
-        if memory.allocated <= peak.allocated and memory.reserved <= peak.reserved and least <= peak.least:
+        memory = self.allocator
+        if memory.allocated <= self.peak.allocated and memory.reserved <= self.peak.reserved:
             return
         now = Peak(
             allocated=memory.allocated,
             reserved=memory.reserved,
-            least=least,
             **{name: memory.requested[name] for name in CATEGORIES},
         )
         self.peak = self.peak.higher(now) if self.peak.allocated else now

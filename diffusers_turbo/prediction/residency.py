@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..planning.options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload
-from ..planning.residents import SMALL_BYTES, aligned, choose_streamed, join_neighbours, window_bytes
+from ..planning.residents import SMALL_BYTES, aligned, choose_streamed, join_neighbours, window_sizes
 from .allocator import DEFAULT_POOL, Allocator, Block
 from .recording import Entered, Event
 
@@ -268,7 +268,7 @@ class ByShare(Residency):
         streamed = choose_streamed(sizes, max(0, resident_bytes - sum(size[owner] for owner in fixed)))
         kept = [layers[index] for place, group in enumerate(groups) if place not in streamed for index in group]
         self.staying = (*fixed, *kept)
-        self.window_size = window_bytes(sizes, streamed)
+        self.window_sizes = window_sizes(sizes, streamed, offload.window)
         self.window: list[Block] = []
         self.working: str | None = None
 
@@ -285,11 +285,11 @@ class ByShare(Residency):
             return
         if path in self.looped:
             self._send_working()
-            if self.window_size and any(owner not in self.held for owner in self.staying):
+            if self.window_sizes and any(owner not in self.held for owner in self.staying):
                 self.allocator.empty_cache()
             self._bring(self.staying)
-            if self.window_size and not self.window:
-                self.window = [self.allocator.allocate(self.window_size // 2, "weights") for _ in range(2)]
+            if not self.window:
+                self.window = [self.allocator.allocate(size, "weights") for size in self.window_sizes]
         elif path != self.working:
             self._send_working()
             for block in self.window:

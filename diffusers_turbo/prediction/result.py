@@ -22,8 +22,8 @@ class StagePeak:
         stage: "encode", "vae_encode", "denoise" or "decode".
         allocated_bytes: what `torch.cuda.max_memory_allocated()` would say of the stage.
         reserved_bytes: what the allocator has taken from the driver by then, as `max_memory_reserved()`.
-        least_bytes: what of it cannot be given back when memory is short: segments in which anything lies, and while
-            the denoiser's graph is recorded all that there are.
+        least_bytes: what it takes from the driver at the edge of a cap, where it gives back first what is wholly free;
+            which it does not while the denoiser's graph is recorded.
         weights_bytes, activation_bytes, workspace_bytes, graph_bytes: what was asked for, by purpose; a graph's own
             activations and workspaces are among `graph_bytes`.
         slack_bytes: what is allocated beyond what was asked for: the allocator gives whole blocks.
@@ -86,12 +86,12 @@ class MemoryPrediction:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free: the peak with its margin, and what the allocator cannot give back."""
+        """What must be free: the peak with its margin, and what the allocator takes at the edge of a cap."""
         return max(int(self.peak_bytes * (1 + self.margin)), self.least_bytes)
 
     @property
     def least_bytes(self) -> int:
-        """The most over all stages of what the allocator cannot give back."""
+        """The most over all stages of what the allocator takes at the edge of a cap."""
         return max(stage.least_bytes for stage in self.stages)
 
     def stage(self, name: str) -> StagePeak:

@@ -51,9 +51,9 @@ class Device:
                 super().end()
 
         class Counted(Window):
-            def __init__(self, where, size, count):
-                super().__init__(where, size, count)
-                self.bytes = size * count
+            def __init__(self, where, sizes):
+                super().__init__(where, sizes)
+                self.bytes = sum(sizes)
                 device.windows.append(self)
 
             def close(self):

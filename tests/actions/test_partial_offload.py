@@ -11,7 +11,7 @@ from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import page_locked, partial_offload
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Window, units_of
-from diffusers_turbo.planning.residents import window_bytes
+from diffusers_turbo.planning.residents import window_sizes
 from tests import tiny
 from tests.actions.streamed import EVERYTHING, Device, residency_of
 from tests.state import differences, state_of
@@ -24,14 +24,14 @@ def device(monkeypatch):
     return Device(monkeypatch)
 
 
-@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize(("leaves", "prefetch"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("resident_bytes", SIZES)
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart], ids=["sd", "sdxl", "pixart"])
-def test_pictures_to_the_bit_and_undo(make, resident_bytes, leaves):
+def test_pictures_to_the_bit_and_undo(make, resident_bytes, leaves, prefetch):
     pipe = turbo(make())
     stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
     # "cpu:0" is not "cpu": weights that stay are copies, as on a GPU
-    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves, device="cpu:0")
+    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves, prefetch=prefetch, device="cpu:0")
     for _ in range(2):
         assert torch.equal(tiny.picture(pipe, steps=3), stock)
     if resident_bytes == EVERYTHING:
@@ -51,19 +51,21 @@ def test_an_upcast_vae_of_sdxl():
     assert differences(before, state_of(pipe)) == []
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("resident_bytes", SIZES)
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart], ids=["sd", "sdxl", "pixart"])
-def test_no_more_on_the_device_than_was_asked_for(make, resident_bytes, device):
+def test_no_more_on_the_device_than_was_asked_for(make, resident_bytes, prefetch, device):
     pipe = turbo(make())
     denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
-    pipe.enable_partial_offload(resident_bytes, device="cpu:0")
+    pipe.enable_partial_offload(resident_bytes, prefetch=prefetch, device="cpu:0")
     device.watch(pipe)
     tiny.picture(pipe, steps=3)
     residency = residency_of(pipe)
     sizes = [group.size for group in residency.groups]
     streamed = [index for index, group in enumerate(residency.groups) if group in residency.streamed]
     fixed = sum(tensor.nbytes for tensor in residency.fixed)
-    assert device.peaks["window"] == window_bytes(sizes, streamed) <= 2 * max(unit.size for unit in residency.units)
+    window, count = sum(window_sizes(sizes, streamed, 2 if prefetch else 1)), 2 if prefetch else 1
+    assert device.peaks["window"] == window <= count * max(unit.size for unit in residency.units)
     largest = max(sum(tensor.nbytes for tensor in unit.tensors) for unit in residency.units)
     # the first forward has one layer at a time there, beside what belongs to no layer
     assert device.peaks[denoiser] <= max(resident_bytes, fixed + largest)

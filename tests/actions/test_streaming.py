@@ -50,7 +50,7 @@ class Streams:
 def _window(count=3):
     units = [Unit(layer, tuple(layer.parameters())) for layer in (nn.Linear(4, 4) for _ in range(count))]
     groups = [Group((unit,)) for unit in units]
-    window = Window(torch.device("cpu"), groups[0].size, 2)
+    window = Window(torch.device("cpu"), [groups[0].size] * 2)
     streams = Streams()
     window.streams, window.stream = streams, streams.Stream("side")
     return window, streams, groups

@@ -30,14 +30,14 @@ def peak_bytes(work) -> int:
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart], ids=["sd", "sdxl", "pixart"])
-@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize(("leaves", "prefetch"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("resident_bytes", [0, 300_000, 700_000, 10**9])
-def test_pictures_to_the_bit_and_undo(make, resident_bytes, leaves):
+def test_pictures_to_the_bit_and_undo(make, resident_bytes, leaves, prefetch):
     """Many steps, so that a copy that came too late or was overwritten too early would show."""
     pipe = turbo(make().to("cuda"))
     stock, before = tiny.picture(pipe, steps=8), state_of(pipe)
     repeatable = torch.equal(tiny.picture(pipe, steps=8), stock)
-    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves)
+    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves, prefetch=prefetch)
     for _ in range(3):
         ours = tiny.picture(pipe, steps=8)
         assert torch.equal(ours, stock) if repeatable else distance(ours, stock).psnr_db > 60
@@ -95,13 +95,13 @@ def recorded(pipe):
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
-@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize(("leaves", "prefetch"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("resident_bytes", [0, 300_000, 700_000])
-def test_what_is_streamed_is_recorded_with_the_step(make, resident_bytes, leaves):
+def test_what_is_streamed_is_recorded_with_the_step(make, resident_bytes, leaves, prefetch):
     """The window's copies are part of the graph: every replay reads what host memory holds then."""
     pipe = turbo(make().to("cuda"))
     stock, before = tiny.picture(pipe, steps=8), state_of(pipe)
-    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves)
+    pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves, prefetch=prefetch)
     pipe.enable_cuda_graphs()
     held = []
     for _ in range(4):

@@ -41,6 +41,18 @@ def test_a_smaller_budget_never_gives_a_less_thrifty_plan(case, card, side, batc
     assert smaller.after.needed_bytes <= larger.after.needed_bytes
 
 
+def test_without_prefetching_only_where_nothing_else_that_streams_fits():
+    made = {budget: plan_on("H100", "sd15", vram_budget=budget) for budget in ("300MB", "360MB")}
+    step = {
+        budget: next(step for step in plan.steps if step.action == "enable_partial_offload")
+        for budget, plan in made.items()
+    }
+    assert [step[budget].options["prefetch"] for budget in made] == [False, True]
+    assert "one group of layers after the other" in step["300MB"].reason
+    assert "less what computing hides" in step["360MB"].reason
+    assert all(plan.fits for plan in made.values())
+
+
 def test_offload_grows_with_need_and_tiles_come_last():
     ladder = [
         plan_on("H100", "sd15", vram_budget=budget, height=1024, width=1024) for budget in ("8GB", "3GB", "2.3GB")

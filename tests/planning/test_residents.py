@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_turbo.planning.residents import (
     SLAB_BYTES,
-    WINDOW,
     choose_streamed,
     join_neighbours,
     pack,
-    window_bytes,
+    window_sizes,
 )
 
 SIZES = st.lists(st.integers(1, 100), min_size=1, max_size=60)
@@ -56,10 +56,11 @@ def test_more_room_never_streams_much_more(sizes, fewer, more):
     assert sent[1] <= sent[0] + max(sizes)
 
 
-def test_the_window_holds_the_group_that_works_and_the_one_that_comes():
-    assert window_bytes([5, 3, 9], {0, 1}) == WINDOW * 5
-    assert window_bytes([5, 3, 9], {2}) == 9
-    assert window_bytes([5, 3, 9], set()) == 0
+@pytest.mark.parametrize(
+    ("streamed", "most", "found"), [({0, 1}, 2, [5, 5]), ({0, 1}, 1, [5]), ({2}, 2, [9]), (set(), 2, [])]
+)
+def test_the_window_holds_the_group_that_works_and_the_one_that_comes(streamed, most, found):
+    assert window_sizes([5, 3, 9], streamed, most) == found
 
 
 @given(

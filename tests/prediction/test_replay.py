@@ -123,18 +123,6 @@ def test_workspaces_are_taken_where_they_are_needed():
     assert memory.requested["workspace"] == given.cublas_bytes + given.other_bytes
 
 
-def test_while_a_graph_is_recorded_nothing_can_be_given_back():
-    memory = Allocator()
-    replay = Replay(memory, NONE, residency_of(None, WEIGHTS, memory))
-    recording = Recording(events=(Made(0, 30 * MIB), Gone(0), Made(1, 40 * MIB), Gone(1)), inputs=((14 * MIB,),))
-    replay.run(recording)
-    assert (replay.peak.least, replay.peak.reserved) == (40 * MIB, 70 * MIB)
-    replay.capture(recording)
-    assert replay.peak.least == (14 + 40) * MIB
-    replay.capture(recording, required=True)  # beside the inputs of the first
-    assert replay.peak.least == (14 + 70 + 14 + 70) * MIB
-
-
 def test_a_capture_empties_the_cache_and_keeps_a_pool():
     memory = Allocator()
     replay = Replay(memory, NONE, residency_of(None, WEIGHTS, memory))

@@ -140,6 +140,7 @@ class PartialOffload(Options):
     pinned_bytes: int | str | None = None
     denoiser_leaves: bool = False
     by_layers: str | tuple[str, ...] | None = None
+    prefetch: bool = True
     device: Any = None
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class PartialOffload(Options):
                 object.__setattr__(self, name, parse_bytes(value, name=name))
             elif value is not None and (not is_int(value) or value < 0):
                 raise self._refuse(name, 'bytes from 0 on, or text such as "6GB"', f"give {name} as a number of bytes")
-        self._check_flags("pin_memory", "denoiser_leaves")
+        self._check_flags("pin_memory", "denoiser_leaves", "prefetch")
         if self.pinned_bytes is not None and not self.pin_memory:
             raise self._refuse("pinned_bytes", "pin_memory=True", "leave pinned_bytes out, or pin_memory on")
 
@@ -164,6 +165,11 @@ class PartialOffload(Options):
     def alone(self) -> tuple[str, ...]:
         """The components whose layers come one by one."""
         return tuple(self.by_layers or ())
+
+    @property
+    def window(self) -> int:
+        """Streamed groups on the device at a time: the one that works, and with `prefetch` the one that comes."""
+        return 2 if self.prefetch else 1
 
     @property
     def keeps_all(self) -> bool:
