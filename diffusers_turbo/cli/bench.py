@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ import typer
 
 from ..bench.attention import BACKENDS, TOKENS, Point, measure_attention
 from ..bench.beside import published_lines
-from ..bench.cases import builtin_cases, find_cases
+from ..bench.cases import Case, builtin_cases, find_cases
 from ..bench.environment import read_environment
 from ..bench.job import ARCHITECTURE, Job
 from ..bench.plots import plot_attention, plot_bars, plot_memory
@@ -90,15 +90,15 @@ def bench(
         }
         given = {key: value for key, value in changes.items() if value is not None}
         given |= {"warmup": warmup, "pairs": pairs, "device": place, "isolate": isolate}
+        chosen = [found for found in read_suite(suite).sections if section in (None, found.name)]
+        if not chosen:
+            raise refuse(f"--suite {suite}", f"no section {section!r}", "one of the suite's", "leave --section out")
         only = arg.split_names(configs)
+        there = {case.name for found in chosen for case in found.cases}
+        beside = find_cases([name for name in only if name not in there], cases)
         jobs: list[tuple[Job, Section | None]] = [
-            (job, found)
-            for found in read_suite(suite).sections
-            if section in (None, found.name) and (job := _section_job(found, given, only)) is not None
+            (job, found) for found in chosen if (job := _section_job(found, given, only, beside)) is not None
         ]
-        if not jobs:
-            found, needed = f"no section {section!r} with these configurations", "one of the suite's"
-            raise refuse(f"--suite {suite}", found, needed, "leave --section out")
     else:
         job = Job(
             model=arg.model_name(model, arch, "diffusers-turbo bench"),
@@ -172,9 +172,11 @@ def attention(
     results.print(f"files in {out}", highlight=False, markup=False)
 
 
-def _section_job(section: Section, changes: Mapping[str, object], only: list[str]) -> Job | None:
-    """The run of a suite's section, with what the user asked for otherwise."""
-    chosen = tuple(case for case in section.cases if not only or case.name in only)
+def _section_job(
+    section: Section, changes: Mapping[str, object], only: list[str], beside: Sequence[Case]
+) -> Job | None:
+    """The run of a suite's section with what the user asked for otherwise; `beside` are cases of no section."""
+    chosen = (*(case for case in section.cases if not only or case.name in only), *beside)
     if not chosen:
         return None
     return replace(section.job(chosen), **changes)  # type: ignore[arg-type]

@@ -76,6 +76,16 @@ def test_a_suite_on_another_model_has_the_published_numbers_beside(tmp_path, cap
     assert "published on" in (tmp_path / section.name / "results.md").read_text()
 
 
+def test_a_configuration_that_a_section_lacks_is_measured_beside_it_or_unknown(tmp_path, capsys):
+    asked = ["bench", *MODEL, "--suite", "peers", "--section", "deepcache-512", "--batch", "1", "--size", "64"]
+    asked += ["--steps", "1", "--rounds", "1", "--pairs", "0", "--json", "--out", str(tmp_path)]
+    assert main([*asked, "--configs", "stock", "sdpa"]) == 0
+    assert [row["case"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["stock", "sdpa"]
+    assert main([*asked, "--configs", "stock", "spda"]) == 2
+    assert "no case 'spda' (did you mean sdpa?)" in capsys.readouterr().err
+    assert main([*asked[:4], "deepcache-1"]) == 2
+
+
 def test_configurations_of_the_users_own(tmp_path, capsys):
     own = tmp_path / "own.toml"
     own.write_text('[mine]\ndescription = "mine"\nswitches = [{ action = "enable_channels_last" }]\n')
