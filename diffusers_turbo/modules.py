@@ -79,6 +79,11 @@ def moves_unrecorded(module: nn.Module) -> bool:
     return is_hooked(module) and not getattr(vars(module).get(_ACCELERATES), "lets_record", False)
 
 
+def never_recorded(module: nn.Module) -> bool:
+    """Whether a hook hangs on a module whose work no recording will ever hold."""
+    return is_hooked(module) and not will_record(module)
+
+
 def hooked_in(root: nn.Module) -> bool:
     """Whether one of these hooks hangs on any module of a tree.
 

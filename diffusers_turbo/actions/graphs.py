@@ -16,7 +16,7 @@ from ..errors import NotSupportedError, explain_failure
 from ..graphs.call import GraphedCall
 from ..graphs.capture import CAPTURES
 from ..graphs.watch import why_not_capturable
-from ..modules import device_of, will_record
+from ..modules import device_of, never_recorded, will_record
 from ..planning.options import CUDAGraphs
 from .calls import ScopedCallOver
 from .components import denoiser_of, modules_of, networks_in, require_plain_weights
@@ -50,7 +50,7 @@ def apply(pipe: Any, options: CUDAGraphs) -> Journal:
     if device.type not in CAPTURES:
         found = f"the {name} on {device.type}"
         raise NotSupportedError(explain_failure(tried, found, "a CUDA device", "move the pipeline, or leave this off"))
-    if (reason := why_not_capturable(denoiser)) and not will_record(denoiser):
+    if reason := why_not_capturable(denoiser, moves=never_recorded):
         do = "switch that off first, or leave graphs off"
         raise NotSupportedError(explain_failure(tried, reason, "a denoiser that stays where it is", do))
     with journaling() as journal:

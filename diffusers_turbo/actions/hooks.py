@@ -61,8 +61,8 @@ class ComponentHook(Hook):
         self.residency.settle()
 
     def interrupted(self) -> None:
-        """End a call that was interrupted, on every stream that takes part in it."""
-        self.residency.settle()
+        """End a call that was interrupted while it was recorded, on every stream that takes part in it."""
+        self.residency.interrupted()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Bring the component, and its arguments."""
@@ -83,6 +83,11 @@ class UnitHook(Hook):
     """On a layer of the denoiser: its weights come when it is called, if they were not fetched before."""
 
     unit: Unit | None = None
+
+    @property
+    def will_record(self) -> bool:
+        """Whether what it does may be recorded once the order of the layers is known."""
+        return self.residency.will_record
 
     @property
     def lets_record(self) -> bool:

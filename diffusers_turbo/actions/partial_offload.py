@@ -187,6 +187,11 @@ class PartialResidency:
         if self._window is not None:
             self._window.settle()
 
+    def interrupted(self) -> None:
+        """Have the window's stream come back from a recording, if it takes part in one."""
+        if self._window is not None and self._window.recording:
+            self._window.settle()
+
     def begin(self, component: str) -> None:
         """Fetch the first group of a component's forward."""
         if self._window is None:
@@ -275,9 +280,15 @@ class PartialResidency:
             self.groups = [Group(tuple(self.units))]
             self._learnt += self.looped
             self._pin()
-            return
-        for unit in self.units:
-            self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+        else:
+            for unit in self.units:
+                self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+        self._have_looked_again()
+
+    def _have_looked_again(self) -> None:
+        """Have graphs look at the looped components, which can be recorded from now on, or no longer."""
+        for module in modules_in(*self.looped.values()):
+            look_again(module)
 
     def _forget(self) -> None:
         self._send_alone()
@@ -322,8 +333,7 @@ class PartialResidency:
         self._unhook(keep=tuple(module for module in everything if id(module) not in gone))
         self._pin()
         self._here = False  # what stays comes before the next forward
-        for module in modules_in(*self.looped.values()):
-            look_again(module)  # which can be recorded from now on
+        self._have_looked_again()
 
     def _room(self) -> int:
         """Bytes of layers that may stay."""

@@ -197,7 +197,7 @@ class Window:
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for size in sizes]
         self._working: _Slot | None = None
         self._homes: tuple[Tensor, ...] = ()
-        self._recording = False
+        self.recording = False
         for slot in self._slots:
             slot.worked = self._mark()
 
@@ -242,17 +242,17 @@ class Window:
         self.leave()
         if is_recording(self.device):
             self._begin_recording()
-        elif self._recording:  # which failed: its events are nobody's
+        elif self.recording:  # which failed: its events are nobody's
             self.settle()
         else:
             self._forget_changed()
 
     def _begin_recording(self) -> None:
         """Hold nothing, and have copies wait for what was recorded so far: with that they are recorded, too."""
-        self._recording = True
         begun = self._mark()
         if self.stream is not None:
             self.stream.wait_event(begun)
+        self.recording = True
         for slot in self._slots:
             slot.group, slot.copied, slot.worked = None, None, begun
 
@@ -264,7 +264,7 @@ class Window:
     def settle(self) -> None:
         """Hold nothing; what comes on the current stream waits for copies under way."""
         self.leave()
-        self._recording = False
+        self.recording = False
         if self.stream is not None and self.streams is not None:
             self.streams.current_stream(self.device).wait_stream(self.stream)
         for slot in self._slots:
@@ -273,9 +273,8 @@ class Window:
     def close(self) -> None:
         """Give the room back, once no copy is under way."""
         self.leave()
-        if self.stream is not None and self.streams is not None:
-            self.stream.synchronize()
-            self.streams.current_stream(self.device).wait_stream(self.stream)
+        if self.streams is not None:
+            self.streams.synchronize(self.device)  # of replays, too, which no stream of ours tells
         self._slots.clear()
 
     def _fetched(self, group: Group) -> _Slot:

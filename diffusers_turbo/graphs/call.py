@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,8 @@ class GraphedCall:
             except BaseException:
                 # a recording that another stream takes part in can't be ended before that has come back
                 if (end := end_of(self.module)) is not None:
-                    end()
+                    with suppress(Exception):  # the first error is the one to tell of
+                        end()
                 raise
 
         try:

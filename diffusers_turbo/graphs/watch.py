@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -145,11 +145,11 @@ def _named(value: object) -> object:
         return value
 
 
-def why_not_capturable(*roots: nn.Module) -> str | None:
-    """Return why calls of some modules must not be captured, None when they may be."""
+def why_not_capturable(*roots: nn.Module, moves: Callable[[nn.Module], bool] = moves_unrecorded) -> str | None:
+    """Return why calls of some modules must not be captured, None when they may be; `moves` tells of hooks."""
     modules = modules_in(*roots)
     for module in modules:
-        if reason := _why_not_capturable(module):
+        if reason := _why_not_capturable(module, moves):
             return f"{_name_of(module, roots)} {reason}"
     for module in modules:
         if any(weight is not None and weight.is_meta for weight in module._parameters.values()):
@@ -163,8 +163,8 @@ def _name_of(module: nn.Module, roots: Sequence[nn.Module]) -> str:
     return f"{type(root).__name__}.{name}" if name else type(root).__name__
 
 
-def _why_not_capturable(module: nn.Module) -> str | None:
-    if moves_unrecorded(module):
+def _why_not_capturable(module: nn.Module, moves: Callable[[nn.Module], bool]) -> str | None:
+    if moves(module):
         return "carries offload hooks, which move weights in the middle of a call"
     state = vars(module)
     if (state["_forward_hooks"] or state["_forward_pre_hooks"]) and _hooks_of(state):

@@ -127,8 +127,9 @@ def make_plan(
             continue  # nothing needs to be stinted of where one fits that does not
         if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
             continue  # graphs of what is streamed fit
-        # where all of the denoiser has room, nothing is gained by streaming a part of it
-        whole = any(item.moving_seconds == 0 or item.rung.has(PartialOffload) for item in fitting)
+        # where all of the denoiser has room, and graphs if this rung has, nothing is gained by streaming a part of it
+        alike = [item for item in fitting if rung.lean or not item.missed_seconds]
+        whole = any(item.moving_seconds == 0 or item.rung.has(PartialOffload) for item in alike)
         if usable is not None and rung.streams and not whole:
             drafts.append(_filled(situation, rung, estimates, usable))
         else:

@@ -27,7 +27,7 @@ from .calling import PipelineCall
 from .inputs import Picture, prompt_tokens
 from .recording import Marks, Recording, SameAgain
 from .replay import Peak, Replay
-from .residency import Weights, marked_paths, read_weights, residency_of
+from .residency import ByShare, Weights, marked_paths, read_weights, residency_of
 from .result import MemoryPrediction, StagePeak
 from .skeleton import Skeleton, skeleton_of
 from .stages import Stages, widens_vae
@@ -244,7 +244,7 @@ class Predictor:
             offloaded=offload is not None,
             graphs=opt.CUDAGraphs in on,
             # what is streamed is recorded with the window that it passes through
-            leaves=isinstance(offload, opt.PartialOffload) and (offload.denoiser_leaves or not offload.keeps_all),
+            leaves=isinstance(residency, ByShare) and (residency.leaves or bool(residency.window_sizes)),
             projected_bytes=_projected_bytes(prepared, picture) if opt.PromptProjections in on else 0,
         )
         return call.peaks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from diffusers_turbo import turbo
 from diffusers_turbo.actions import partial_offload, streaming
 from diffusers_turbo.actions.ahead import AheadCall, graphs_of
 from diffusers_turbo.actions.calls import COMPILED, calls_from
+from diffusers_turbo.actions.ledger import ledger_of
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Loan, Window
 from diffusers_turbo.errors import NotSupportedError
@@ -332,6 +334,48 @@ def test_a_denoiser_that_is_streamed_is_recorded_with_its_copies(resident_bytes,
     pipe.unet.load_state_dict(weights)
     pipe.turbo_undo()
     assert differences(before, state_of(pipe)) == []
+
+
+def test_a_controlnet_that_joins_late_is_not_learnt_inside_a_recording(recording, monkeypatch):
+    """Which begins anew to learn the order of the layers, in the middle of a call that has graphs already."""
+    enter, astray = PartialResidency.enter, []
+
+    def watched(self, unit):
+        if recording and self.groups is None:
+            astray.append(unit)
+        enter(self, unit)
+
+    monkeypatch.setattr(PartialResidency, "enter", watched)
+    base = tiny.sd()
+    torch.manual_seed(1)
+    net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 16, 16)).eval()
+    parts = {name: part for name, part in base.components.items() if name != "safety_checker"}
+    parts |= {"controlnet": net, "safety_checker": None}
+    pipe = turbo(StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+    latents = (torch.ones(1, 4, 8, 8), 3, torch.ones(1, tiny.TOKENS, tiny.CONTEXT))
+    hint = {"controlnet_cond": torch.ones(1, 3, 64, 64), "return_dict": False}
+    with torch.no_grad(), ExitStack() as stack:
+        stock = pipe.unet(*latents).sample, pipe.controlnet(*latents, **hint)[1]
+        pipe.enable_partial_offload(100_000, device=DEVICE)
+        pipe.enable_cuda_graphs()
+        for lever in ledger_of(pipe).in_force():
+            for scope in lever.journal.scopes:
+                stack.enter_context(scope.around_call(pipe))
+        for step in range(8):
+            if step >= 3:
+                assert torch.equal(pipe.controlnet(*latents, **hint)[1], stock[1])
+            assert torch.equal(pipe.unet(*latents).sample, stock[0])
+    assert astray == []
+    assert recorded(pipe).captured == 2  # by itself, and beside the ControlNet
+
+
+@pytest.mark.parametrize("resident_bytes", [None, 100_000])
+def test_a_denoiser_with_hooks_of_others_is_refused_under_an_offload_too(resident_bytes):
+    pipe = turbo(tiny.sd())
+    pipe.unet.mid_block.register_forward_hook(lambda *_: None)
+    pipe.enable_partial_offload(resident_bytes, device=DEVICE)
+    with pytest.raises(NotSupportedError, match="carries forward hooks"):
+        pipe.enable_cuda_graphs()
 
 
 def test_a_recording_that_fails_half_way_leaves_nothing_in_the_window(recording, monkeypatch):

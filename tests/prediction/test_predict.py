@@ -62,6 +62,24 @@ def test_stages_come_with_what_makes_them_up(sd15):
     assert made.needed_bytes == made.as_estimate().needed_bytes < made.peak_bytes * 1.06
 
 
+def test_graphs_stay_between_pictures_where_nothing_is_streamed(sd15):
+    whole, more = (
+        _peaks(sd15, opt.PartialOffload(resident_bytes=size), opt.CUDAGraphs()).stages for size in (None, 10 * 2**30)
+    )
+    assert whole == more
+
+
+def test_with_more_room_no_plan_is_slower(sd15):
+    """Where the denoiser has room, but not its graphs, streaming a part of it inside a graph is faster still."""
+    plans = [
+        plan(sd15.pipe, H100, vram_budget=int(room * 2**30), exact=True, estimates=sd15.estimate)
+        for room in (1.8, 1.85, 1.9, 1.95, 2.0)
+    ]
+    assert all("enable_cuda_graphs" in [step.action for step in made.steps] for made in plans)
+    seconds = [min(way.added_seconds for way in made.alternatives if way.fits) for made in plans]
+    assert seconds == sorted(seconds, reverse=True)
+
+
 def test_naive_attention_holds_the_scores_and_slices_bound_them(thin):
     def held(option):
         return _peaks(thin, option).stage("denoise").activation_bytes
