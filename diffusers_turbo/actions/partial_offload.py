@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import NotSupportedError, explain_failure
 from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline
+from ..graphs.capture import is_recording
 from ..modules import modules_in
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
@@ -35,7 +36,6 @@ from .streaming import (
     Window,
     bring,
     extent,
-    is_recording,
     return_cached,
     units_of,
     weights_of,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graphs.capture import is_recording
 from ..planning.residents import aligned
 
 HOST = torch.device("cpu")
@@ -47,11 +48,6 @@ class Group:
     def size(self) -> int:
         """Bytes in a buffer."""
         return sum(unit.size for unit in self.units)
-
-
-def is_recording(device: torch.device) -> bool:
-    """Whether what is launched now is recorded for a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def return_cached(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
 from ..modules import bring_of, device_of, end_of, hooked_in, moves_unrecorded
-from .capture import CAPTURES, Capture
+from .capture import CAPTURES, Capture, is_recording
 from .inputs import StaticInputs
 from .signature import MODE, Signature, flatten, signature_of, unflatten
 from .watch import Watch, why_not_capturable
@@ -100,7 +100,7 @@ class GraphedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module: replay where a valid graph is there, else eagerly."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_capturing(self.device):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_recording(self.device):
             return self.inner(*args, **kwargs)
         with self._lock:
             if (bring := bring_of(self.module)) is not None:
@@ -224,7 +224,3 @@ class GraphedCall:
             return f"{told}; runs eagerly: {self.reason}"
         failures = "; ".join(sorted(set(self._failures.values())))
         return f"{told}; could not be captured: {failures}" if failures else told
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

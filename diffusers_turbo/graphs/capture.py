@@ -11,6 +11,11 @@ import torch
 from .memsets import driver_for, memsets_by_kernels
 
 
+def is_recording(device: torch.device) -> bool:
+    """Whether what is launched now is recorded for a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Capture(Protocol):
     """A recorded run. Its output tensors are its own and are overwritten by each replay."""
 

@@ -29,6 +29,20 @@ def peak_bytes(work) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def recorded(pipe):
+    return graphs_of(vars(pipe.unet)["_compiled_call_impl"])
+
+
+def held_after_pictures(pipe, stock):
+    """Draw four pictures as stock's; return the bytes on the device after each."""
+    held = []
+    for _ in range(4):
+        assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    return held
+
+
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.pixart], ids=["sd", "sdxl", "pixart"])
 @pytest.mark.parametrize(("leaves", "prefetch"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("resident_bytes", [0, 300_000, 700_000, 10**9])
@@ -90,10 +104,6 @@ def test_components_that_come_layer_by_layer(make, graphs):
     assert differences(before, state_of(pipe)) == []
 
 
-def recorded(pipe):
-    return graphs_of(vars(pipe.unet)["_compiled_call_impl"])
-
-
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
 @pytest.mark.parametrize(("leaves", "prefetch"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("resident_bytes", [0, 300_000, 700_000])
@@ -103,11 +113,7 @@ def test_what_is_streamed_is_recorded_with_the_step(make, resident_bytes, leaves
     stock, before = tiny.picture(pipe, steps=8), state_of(pipe)
     pipe.enable_partial_offload(resident_bytes, denoiser_leaves=leaves, prefetch=prefetch)
     pipe.enable_cuda_graphs()
-    held = []
-    for _ in range(4):
-        assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
-        torch.cuda.synchronize()
-        held.append(torch.cuda.memory_allocated())
+    held = held_after_pictures(pipe, stock)
     graphs = recorded(pipe)
     assert residency_of(pipe).streamed
     assert graphs.reason is None
@@ -236,11 +242,7 @@ def test_a_denoiser_that_comes_whole_is_recorded_and_takes_its_graphs_along(make
     pipe.enable_partial_offload("all", denoiser_leaves=leaves)
     for switch in ("enable_cuda_graphs", "enable_time_projections", "enable_prompt_projections"):
         getattr(pipe, switch)()
-    held = []
-    for _ in range(4):
-        assert distance(tiny.picture(pipe, steps=8), stock).psnr_db > 60
-        torch.cuda.synchronize()
-        held.append(torch.cuda.memory_allocated())
+    held = held_after_pictures(pipe, stock)
     graphs = recorded(pipe)
     assert graphs.reason is None
     assert graphs.captured == (4 if leaves else 1)
