@@ -330,8 +330,8 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
 
         Of the denoiser (and ControlNets) `resident_bytes` stay; what is streamed passes through a window of two groups
         of layers, each as large as the largest layer, which comes on top. The first step learns the order of the
-        layers, one at a time. All other components come to work and leave, one at a time. A denoiser that stays whole
-        may be under `enable_cuda_graphs()`: where it leaves between calls, each call of the pipeline records it anew.
+        layers, one at a time. All other components come to work and leave, one at a time. The denoiser may
+        be under `enable_cuda_graphs()`: each call of the pipeline records it anew where it leaves or is streamed.
 
         Args:
             resident_bytes: weights that stay for the whole denoising loop: bytes, or text such as "3GB"; None or "all"
