@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tiling.canvas import Grid
@@ -42,26 +43,30 @@ class TiledHalf:
                 tile = part(tile)
             return tile
 
+        last = inner if inner is not None and not decodes else network.get_submodule("conv_out")
         if len(source) > 1:
-            first = self._picture(run, norms, source[:1], decodes)
+            first = self._picture(run, norms, source[:1], decodes, last)
             canvas = first.new_empty(len(source), *first.shape[1:])
             canvas[:1] = first
             del first
             for index in range(1, len(source)):
-                canvas[index : index + 1] = self._picture(run, norms, source[index : index + 1], decodes)
+                canvas[index : index + 1] = self._picture(run, norms, source[index : index + 1], decodes, last)
             return canvas
-        return self._picture(run, norms, source, decodes)
+        return self._picture(run, norms, source, decodes, last)
 
-    def _picture(self, run: Any, norms: list[nn.GroupNorm], source: Tensor, decodes: bool) -> Tensor:
+    def _picture(self, run: Any, norms: list[nn.GroupNorm], source: Tensor, decodes: bool, last: Any) -> Tensor:
+        grid = self._grid(source, decodes)
+        # before the first tile, whose blocks it would else lie in and keep from being given back
+        canvas = grid.canvas(source, last.out_channels, _result_dtype(last, source.device.type))
         if not norms:
-            return self._grid(source, decodes).paint(run, source)
+            return grid.paint(run, source, canvas)
 
         def measure() -> None:
             for tile in self._grid(source, decodes, overlap=0).tiles(source):
                 run(tile)
 
         with shared_by(norms, measure):
-            return self._grid(source, decodes).paint(run, source)
+            return grid.paint(run, source, canvas)
 
     def _grid(self, source: Tensor, decodes: bool, overlap: int | None = None) -> Grid:
         tile = self.vae.tile_latent_min_size
@@ -70,6 +75,14 @@ class TiledHalf:
         reads, writes = (1, self.step) if decodes else (self.step, 1)
         rows, columns = (Axis(side // reads, tile, overlap) for side in source.shape[2:])
         return Grid(rows, columns, reads, writes)
+
+
+def _result_dtype(layer: Any, device_type: str) -> torch.dtype:
+    """What a convolution answers in."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    found: torch.dtype = layer.weight.dtype
+    return found
 
 
 class TiledDecode(TiledHalf):

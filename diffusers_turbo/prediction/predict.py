@@ -335,7 +335,8 @@ def _shorten(vae: nn.Module, marks: Marks) -> None:
     """Have tiles of one shape run once, and leave their borders unblended: that goes row by row, in place."""
     for half in (getattr(vae, name, None) for name in ("encoder", "decoder")):
         if isinstance(half, nn.Module):
-            half.forward = SameAgain(half.forward, marks)
+            norms = tuple(module for module in half.modules() if isinstance(module, nn.GroupNorm))
+            half.forward = SameAgain(half.forward, marks, norms)
     for name in ("blend_v", "blend_h"):
         if callable(getattr(vae, name, None)):
             vars(vae)[name] = lambda above, tile, extent: tile

@@ -257,11 +257,13 @@ def _asks_for_last(image: Tensor, weight: Tensor) -> bool:
 class SameAgain:
     """Stands in for a module's forward: a call like an earlier one of the same recording is written down, not run.
 
-    A picture is decoded in many tiles of few shapes.
+    A picture is decoded in many tiles of few shapes, once to be measured and once to be shown: its `norms` run other
+    forwards then.
     """
 
     run: Callable[..., Any]
     marks: Marks
+    norms: tuple[nn.Module, ...] = ()
     _seen: dict[Any, tuple[tuple[Event, ...], Tensor]] = field(default_factory=dict)
     _of: Recorder | None = None
 
@@ -272,7 +274,8 @@ class SameAgain:
             return self.run(x, *args, **kwargs)
         if recorder is not self._of:
             self._of, self._seen = recorder, {}
-        key = (x.shape, x.stride(), x.dtype)
+        forwards = frozenset(getattr(vars(norm).get("forward"), "__name__", "") for norm in self.norms)
+        key = (x.shape, x.stride(), x.dtype, forwards)
         if key in self._seen:
             events, like = self._seen[key]
             # the result first: it is held while the rest runs, as the run's own is for some of the time

@@ -12,6 +12,7 @@ import torch
 from diffusers_turbo import turbo
 from diffusers_turbo.actions.tiled_calls import TiledDecode, TiledEncode, takes_our_tiles
 from diffusers_turbo.parity import distance
+from diffusers_turbo.tiling.canvas import Grid
 from diffusers_turbo.tiling.grid import Axis
 from diffusers_turbo.tiling.statistics import poolable
 from tests import seams, tiny
@@ -19,6 +20,8 @@ from tests.seams import our_edges, seam_excess, stock_edges
 from tests.state import differences, state_of
 
 TILE, SIDE = 16, 256
+
+canvas = Grid.canvas
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,29 @@ def test_the_canvas_has_the_decoders_dtype(dtype):
     assert TiledDecode(vae, 8)(latents).sample.dtype == dtype
     (plain,) = TiledDecode(vae, 8)(latents, return_dict=False)
     assert torch.isfinite(plain).all()
+
+
+@torch.no_grad()
+def test_the_canvas_is_there_before_the_first_tile(monkeypatch):
+    """One made after it would lie in what tiles left behind, and keep it from being given back."""
+    vae = tiny.vae()
+    latents, made = torch.randn(1, 4, 32, 32), []
+    monkeypatch.setattr(Grid, "canvas", lambda *given: made.append(given) or canvas(*given))
+    vae.decoder.register_forward_pre_hook(lambda *_: made.append("tile"))
+    decode = TiledDecode(vae, 8)
+    plain = decoded(vae, latents, decode)
+    assert [item == "tile" for item in made[:2]] == [False, True]
+    assert sum(item != "tile" for item in made) == 1
+    grid = decode._grid(latents, decodes=True)
+    made.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoded(vae, latents, decode).dtype == torch.bfloat16
+    assert sum(item != "tile" for item in made) == 1
+    # one that does not suit is left aside
+    wrong = canvas(grid, latents, 3, torch.float64)
+    run = lambda tile: vae.decoder(vae.post_quant_conv(tile))  # noqa: E731
+    assert torch.equal(grid.paint(run, latents, wrong), grid.paint(run, latents))
+    assert plain.dtype == torch.float32
 
 
 def test_nothing_is_left_behind_after_a_decode_that_fails():

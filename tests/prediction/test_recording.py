@@ -82,6 +82,21 @@ def test_live_storages_of_a_decode_are_those_of_a_real_run(slicing):
     assert _on_meta(_decode, pipe.vae) == _on_cpu(_decode, pipe.vae)
 
 
+@pytest.mark.parametrize("shortened", [False, True], ids=["every tile", "tiles like earlier ones repeated"])
+def test_live_storages_of_a_decode_in_tiles_are_those_of_a_real_run(shortened):
+    pipe = turbo(tiny.sd())
+    pipe.enable_naive_attention()
+    pipe.enable_vae_tiling(tile_size=64)
+    twin, marks = on_meta(pipe.vae), Marks()
+    if shortened:
+        norms = tuple(module for module in twin.decoder.modules() if isinstance(module, nn.GroupNorm))
+        twin.decoder.forward = SameAgain(twin.decoder.forward, marks, norms)
+    with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
+        _decode(twin, "meta")
+    # a repeated tile holds its result from its beginning on
+    assert peak(recorder.events) == pytest.approx(_on_cpu(_decode, pipe.vae), rel=0.03 if shortened else 0.002)
+
+
 def test_a_text_encoder_runs_without_values():
     encoder = on_meta(tiny.text_encoder())
     ids = torch.empty(1, tiny.TOKENS, dtype=torch.int64, device="meta")
@@ -233,6 +248,21 @@ def test_a_forward_like_an_earlier_one_is_repeated_not_run():
     assert [event.size for event in recorder.events if isinstance(event, Made)] == [256, 256, 128, 128, 256, 256]
     del results
     assert peak(recorder.events) == 256 + 128 + 2 * 256
+
+
+def test_a_forward_whose_norms_run_another_one_is_run():
+    norm, marks, ran = nn.GroupNorm(2, 4), Marks(), []
+    again = SameAgain(lambda x: ran.append(x.shape) or x + 1, marks, (norm,))
+    x = torch.empty(64, device="meta")
+
+    def measure(input):
+        return input
+
+    with Recorder() as recorder, marks.to(recorder):
+        for forward in (None, measure, measure):
+            vars(norm).update({"forward": forward} if forward else {})
+            again(x)
+    assert len(ran) == 2
 
 
 def test_a_skeleton_has_no_weights_and_leaves_the_pipeline_alone():
