@@ -251,7 +251,9 @@ def judge_memory(situation: Situation, tried: Sequence[Estimated], chosen: Estim
 
 def judge_fallback(situation: Situation, chosen: Estimated) -> Verdict:
     """Decide on what happens when the estimate was wrong: taken where it is close enough to the limit to matter."""
-    device, usable, option = situation.device, situation.usable_bytes, MemoryFallback()
+    device, usable = situation.device, situation.usable_bytes
+    # where a plan is of tiles, smaller ones are no new kind of loss
+    option = MemoryFallback(allow_tiling=chosen.rung.has(VAETiling))
     if device.device_type != "cuda":
         return leave(option, f"The errors it answers are those of CUDA's allocator; this is {device.name}.")
     if usable is None:
@@ -259,7 +261,10 @@ def judge_fallback(situation: Situation, chosen: Estimated) -> Verdict:
     numbers = f"{gib(chosen.needed_bytes)} with margin of {gib(usable)} usable"
     if chosen.needed_bytes <= AMPLE * usable:
         return leave(option, f"Room enough: {numbers}.")
-    return take(option, f"Little room is left ({numbers}): a component that runs out of it is called again with less.")
+    smaller = ", at last in smaller tiles" if option.allow_tiling else ""
+    return take(
+        option, f"Little room is left ({numbers}): a component that runs out of it is called again with less{smaller}."
+    )
 
 
 def _all_kinds(situation: Situation) -> list[Options]:

@@ -95,6 +95,15 @@ class StageMemory:
         return self.weights_bytes + self.activation_bytes + self.workspace_bytes
 
 
+def with_margin(peak_bytes: int, least_bytes: int, margin: float) -> int:
+    """Return what must be free for a peak, and for what the allocator holds at the edge of a cap.
+
+    The latter has half the margin: it counts the gaps between blocks already, but where these lie hangs on the order of
+    requests. SDXL in 1521 MiB, where 1498 were predicted, needed 1532 in a process that had run out of memory before.
+    """
+    return max(int(peak_bytes * (1 + margin)), int(least_bytes * (1 + margin / 2)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """The estimated peaks of all stages, in the order in which they run.
@@ -118,8 +127,8 @@ class MemoryEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free for the plan to be called fitting: the peak with its margin, and what holds it."""
-        return max(int(self.peak_bytes * (1 + self.margin)), self.least_bytes)
+        """What must be free for the plan to be called fitting."""
+        return with_margin(self.peak_bytes, self.least_bytes, self.margin)
 
     def stage(self, name: str) -> StageMemory:
         """Return one stage by name."""

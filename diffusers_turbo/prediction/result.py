@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..planning.memory import MemoryEstimate, StageMemory
+from ..planning.memory import MemoryEstimate, StageMemory, with_margin
 from ..planning.units import gib
 from .allocator import SETTINGS
 
@@ -86,8 +86,8 @@ class MemoryPrediction:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free: the peak with its margin, and what the allocator takes at the edge of a cap."""
-        return max(int(self.peak_bytes * (1 + self.margin)), self.least_bytes)
+        """What must be free: the peak and what the allocator takes at the edge of a cap, each with its margin."""
+        return with_margin(self.peak_bytes, self.least_bytes, self.margin)
 
     @property
     def least_bytes(self) -> int:

@@ -128,6 +128,20 @@ def test_tiles_come_last_and_are_called_lossy(make, monkeypatch):
     assert f"enable_vae_tiling(tile_size=256); LOSSY: {VAETiling().lossy_reason}" in str(report)
 
 
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
+def test_tiles_that_are_there_become_smaller(make, monkeypatch):
+    pipe = turbo(make())
+    pipe.enable_vae_tiling(tile_size=512)
+    pipe.enable_partial_offload(resident_bytes=0, device="cpu")
+    pipe.enable_memory_fallback(allow_tiling=True)
+    Starved(lambda: pipe.vae.tile_sample_min_size == 256).install(monkeypatch, pipe.vae.decoder)
+    for _ in range(2):
+        assert torch.isfinite(tiny.picture(pipe, steps=1, height=520, width=520)).all()
+        assert pipe.vae.tile_sample_min_size == 256
+    pipe.turbo_undo()
+    assert not pipe.vae.use_tiling
+
+
 @pytest.mark.parametrize(("make", "stage", "at", "given"), [*STAGES[:6:2], *STAGES[7:10], STAGES[12]])
 def test_when_nothing_is_left_one_error_says_so(make, stage, at, given, monkeypatch):
     pipe = turbo(make())

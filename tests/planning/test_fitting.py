@@ -148,6 +148,16 @@ def test_the_memory_fallback_goes_along_where_little_room_is_left():
     assert "those of CUDA's allocator; this is" in reason_of(plan_on("MPS"), "enable_memory_fallback")
 
 
+def test_where_a_plan_is_of_tiles_the_fallback_may_make_them_smaller():
+    tiled = plan_on("H100", "sdxl", vram_budget="1.5GB")
+    assert "enable_vae_tiling" in actions_of(tiled)
+    assert next(step for step in tiled.steps if step.action == "enable_memory_fallback").options["allow_tiling"]
+    assert "at last in smaller tiles" in reason_of(tiled, "enable_memory_fallback")
+    exact = plan_on("H100", "sdxl", vram_budget="5GB")
+    assert exact.exact
+    assert not next(step for step in exact.steps if step.action == "enable_memory_fallback").options["allow_tiling"]
+
+
 def test_slices_replace_a_matrix_that_does_not_fit():
     made = plan_on("MPS", height=1024, width=1024)
     assert "enable_attention_slicing" in actions_of(made)

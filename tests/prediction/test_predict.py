@@ -58,8 +58,8 @@ def test_stages_come_with_what_makes_them_up(sd15):
         assert stage.least_bytes >= stage.allocated_bytes
     assert made.stage("denoise").weights_bytes == read_pipeline(sd15.pipe).parameter_bytes
     assert made.peak.stage == "decode"
-    assert made.needed_bytes == max(int(made.peak_bytes * 1.05), made.least_bytes)
-    assert made.needed_bytes == made.as_estimate().needed_bytes < made.peak_bytes * 1.06
+    assert made.needed_bytes == max(int(made.peak_bytes * 1.05), int(made.least_bytes * 1.025))
+    assert made.needed_bytes == made.as_estimate().needed_bytes < made.peak_bytes * 1.09
 
 
 def test_graphs_stay_between_pictures_where_nothing_is_streamed(sd15):
