@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from .calls import look_again, release_recorded
 from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hook, UnitHook
 from .offload import Placement, accelerator, refuse_foreign_offload
-from .page_locked import can_pin, pin
+from .page_locked import Slab, can_pin, pin
 from .streaming import (
     HOST,
     Group,
@@ -80,8 +81,8 @@ class PartialResidency:
     fixed: tuple[Tensor, ...] = ()
     groups: list[Group] | None = None
     streamed: list[Group] = field(default_factory=list)
-    pinned_bytes: int = 0
     trouble: str = ""
+    _slabs: WeakSet[Slab] = field(default_factory=WeakSet)
     _passing: dict[str, Passing] = field(default_factory=dict)
     _known: tuple[Any, ...] = ()
     _hooked: list[tuple[nn.Module, Any]] = field(default_factory=list)
@@ -146,6 +147,7 @@ class PartialResidency:
     def start(self) -> None:
         """Send everything to host memory and hang up the hooks."""
         self._over = False
+        self._pin_at_once()
         for module in (*self.looped.values(), *self.others.values()):
             bring(weights_of(module), HOST)
         for name, module in {**self.looped, **self.others}.items():
@@ -347,20 +349,40 @@ class PartialResidency:
         groups = [group for group in self.groups or () if not any(unit in self._group_of for unit in group.units)]
         return [*self.fixed, *(tensor for group in groups for tensor in group.tensors)]
 
+    def _pin_at_once(self) -> None:
+        """Move into page-locked memory what comes from the device and will wait there, if all of it has room."""
+        waiting = [*self.others.values(), *(self.looped.values() if self.options.denoiser_leaves else ())]
+        there = [tensor for part in waiting for tensor in weights_of(part) if tensor.device.type != HOST.type]
+        if self._pins and sum(aligned(extent(tensor)) for tensor in there) <= self._pinned_budget():
+            self._pin_these(there)
+
     def _pin(self) -> None:
         """Move into page-locked memory what is streamed, and then what comes and goes, as far as its budget goes."""
-        self.pinned_bytes, self.trouble, self._all_pinned = 0, "", False
-        if self.options.pin_memory and can_pin(self.device):
-            budget = self.options.pinned_bytes
-            budget_bytes = int(budget) if budget is not None else host_memory()[1] // 2
-            tensors = [tensor for group in self.streamed for tensor in group.tensors]
+        self.trouble, self._all_pinned = "", False
+        if self._pins:
+            streamed = [tensor for group in self.streamed for tensor in group.tensors]
             visitors = [weights_of(module) for module in self.others.values()]
             visitors += [self._resident()] if self.options.denoiser_leaves else []
-            tensors += [tensor for part in visitors for tensor in part if tensor.device.type == HOST.type]
-            tensors = list(dict.fromkeys(tensors))
-            self.pinned_bytes, self.trouble = pin(tensors, budget_bytes)
-            streamed = (tensor for group in self.streamed for tensor in group.tensors)
+            visiting = [tensor for part in visitors for tensor in part if tensor.device.type == HOST.type]
+            self._pin_these([tensor for tensor in (*streamed, *visiting) if not tensor.is_pinned()])
             self._all_pinned = all(tensor.is_pinned() or not tensor.numel() for tensor in streamed)
+
+    def _pin_these(self, tensors: Iterable[Tensor]) -> None:
+        left = max(0, self._pinned_budget() - self.pinned_bytes)
+        slabs, self.trouble = pin(list(dict.fromkeys(tensors)), left, self.device)
+        self._slabs.update(slabs)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked memory that weights lie in."""
+        return sum(map(len, self._slabs))
+
+    @property
+    def _pins(self) -> bool:
+        return self.options.pin_memory and can_pin(self.device)
+
+    def _pinned_budget(self) -> int:
+        return int(self.options.pinned_bytes) if self.options.pinned_bytes is not None else host_memory()[1] // 2
 
     # who goes
 

@@ -17,7 +17,7 @@ SMALL_BYTES = 16 * 2**10
 share the statistics only of norms without hooks."""
 
 SLAB_BYTES = 64 * 2**20
-"""Page-locked memory is asked for in pieces of at least this size: torch rounds each up to a power of two."""
+"""Memory is page-locked in pieces of at most this size, or as large as the largest weight."""
 
 
 def aligned(size: int) -> int:
@@ -94,20 +94,19 @@ class Slabs:
 
 
 def pack(sizes: Sequence[int], budget_bytes: int) -> Slabs:
-    """Pack items into pieces whose sizes are powers of two and add up to no more than the budget, first come first in.
+    """Pack items into pieces that add up to no more than the budget, first come first in.
 
     >>> pack([3, 2, 4], budget_bytes=8)
-    Slabs(sizes=(8,), places=((0, 0), (0, 3), None))
+    Slabs(sizes=(5,), places=((0, 0), (0, 3), None))
     """
-    whole = _power_above(max(SLAB_BYTES, *sizes, 1))
+    whole = max(SLAB_BYTES, *sizes, 1)
     slabs: list[int] = []
     filled: list[int] = []
     places: list[tuple[int, int] | None] = []
     for size in sizes:
         slab = next((index for index, held in enumerate(filled) if held + size <= slabs[index]), None)
         if slab is None:
-            left = budget_bytes - sum(slabs)
-            new = min(whole, 1 << (left.bit_length() - 1) if left > 0 else 0)
+            new = min(whole, budget_bytes - sum(slabs))
             if new < size:
                 places.append(None)
                 continue
@@ -116,9 +115,4 @@ def pack(sizes: Sequence[int], budget_bytes: int) -> Slabs:
             filled.append(0)
         places.append((slab, filled[slab]))
         filled[slab] += size
-    # pieces that are not full are as large as what they hold
-    return Slabs(tuple(min(slab, _power_above(held)) for slab, held in zip(slabs, filled, strict=True)), tuple(places))
-
-
-def _power_above(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    return Slabs(tuple(filled), tuple(places))

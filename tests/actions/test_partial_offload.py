@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -10,8 +12,8 @@ from torch import nn
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import page_locked, partial_offload
 from diffusers_turbo.actions.partial_offload import PartialResidency
-from diffusers_turbo.actions.streaming import Window, units_of
-from diffusers_turbo.planning.residents import window_sizes
+from diffusers_turbo.actions.streaming import Window, extent, units_of, weights_of
+from diffusers_turbo.planning.residents import aligned, window_sizes
 from tests import tiny
 from tests.actions.streamed import EVERYTHING, Device, residency_of
 from tests.state import differences, state_of
@@ -142,14 +144,13 @@ def test_layers_that_stay_carry_no_hooks():
 def _pinning(monkeypatch, refuse=False):
     asked = []
 
-    def allocate(size):
+    def lock(slab, device):
         if refuse:
             raise RuntimeError("CUDA error: out of memory")
-        asked.append(size)
-        return torch.empty(size, dtype=torch.uint8)
+        asked.append(len(slab))
 
     monkeypatch.setattr(partial_offload, "can_pin", lambda device: True)
-    monkeypatch.setattr(page_locked, "page_locked", allocate)
+    monkeypatch.setattr(page_locked.Slab, "lock", lock)
     return asked
 
 
@@ -165,11 +166,34 @@ def test_page_locked_memory_keeps_to_its_budget(budget, monkeypatch):
     streamed = sum(group.size for group in residency.streamed)
     assert sum(asked) == residency.pinned_bytes
     if budget is None:
-        assert streamed <= sum(asked) < 2 * streamed
+        others = [tensor for module in residency.others.values() for tensor in weights_of(module)]
+        assert sum(asked) == streamed + sum(aligned(extent(tensor)) for tensor in others)
         assert "page-locked" in str(pipe.turbo_report())
     else:
         assert budget // 2 <= sum(asked) <= budget
         assert "holds no more" in str(pipe.turbo_report())
+
+
+def test_page_locked_memory_goes_with_the_weights_that_lie_in_it(monkeypatch):
+    gc.collect()  # what other tests have left
+    locked, unlocked = [], []
+    _pinning(monkeypatch)
+    monkeypatch.setattr(page_locked.Slab, "lock", lambda slab, device: locked.append(len(slab)))
+    monkeypatch.setattr(page_locked.Slab, "__del__", lambda slab: unlocked.append(len(slab)))
+    pipe = turbo(tiny.sd())
+    stock = tiny.picture(pipe)
+    pipe.enable_partial_offload(100_000, device="cpu:0")
+    assert torch.equal(tiny.picture(pipe), stock)
+    gc.collect()
+    assert residency_of(pipe).pinned_bytes == sum(locked)
+    assert not unlocked
+    pipe.disable_offload()
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for tensor in weights_of(module):
+            tensor.data = tensor.data.clone()  # as weights are taken away from page-locked memory on a GPU
+    gc.collect()
+    assert unlocked == locked
+    assert torch.equal(tiny.picture(pipe), stock)
 
 
 def test_refused_page_locked_memory_is_told(monkeypatch):

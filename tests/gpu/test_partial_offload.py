@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 
 import pytest
 import torch
 
 from diffusers_turbo import auto_optimize, turbo
 from diffusers_turbo.actions.ahead import graphs_of
-from diffusers_turbo.actions.streaming import Window
+from diffusers_turbo.actions.streaming import Window, extent, weights_of
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.units import MIB
 from tests import full_size, tiny
@@ -171,6 +172,24 @@ def test_streamed_weights_are_page_locked_and_no_longer_when_it_is_off():
     tiny.picture(on_host)
     on_host.disable_offload()
     assert not any(parameter.is_pinned() for parameter in on_host.unet.parameters())
+
+
+def test_weights_go_from_the_device_into_page_locked_memory_and_come_back():
+    pipe = turbo(tiny.sd().to("cuda"))
+    stock, before = tiny.picture(pipe), state_of(pipe)
+    pipe.enable_partial_offload("all", denoiser_leaves=True)
+    components = (pipe.unet, pipe.vae, pipe.text_encoder)
+    weights = [tensor for part in components for tensor in weights_of(part) if tensor.numel()]
+    assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in weights)
+    assert residency_of(pipe).pinned_bytes >= sum(extent(tensor) for tensor in weights)
+    assert distance(tiny.picture(pipe), stock).psnr_db > 60
+    slabs = list(residency_of(pipe)._slabs)
+    places = [weakref.ref(slab) for slab in slabs]
+    del slabs
+    pipe.disable_offload()
+    gc.collect()
+    assert all(place() is None for place in places)
+    assert differences(before, state_of(pipe)) == []
 
 
 @pytest.mark.slow
