@@ -7,7 +7,7 @@ skeleton (the pipeline without weights) -> switches thrown on it -> each stage r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,7 @@ from .residency import ByShare, Weights, marked_paths, read_weights, residency_o
 from .result import MemoryPrediction, StagePeak
 from .skeleton import Skeleton, skeleton_of
 from .stages import Stages, widens_vae
-from .switches import AS_PLAIN, IN_REPLAY, NO_DIFFERENCE, UNMEASURED, in_force, throw
+from .switches import AS_PLAIN, IN_REPLAY, NO_DIFFERENCE, ON_VAE, UNMEASURED, in_force, throw, thrown_on_vae
 from .workspaces import Workspaces, workspaces_of
 
 MARGIN_ESTIMATED = 0.15
@@ -171,7 +171,8 @@ class Predictor:
 
     def _prepare(self, options: Sequence[Options]) -> _Prepared:
         assert self.device is not None
-        thrown = tuple(option for option in options if not isinstance(option, (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN)))
+        left_out = (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN, *ON_VAE)
+        thrown = tuple(option for option in options if not isinstance(option, left_out))
         if thrown not in self._prepared:
             # which no other switch is about
             encoders = self._encoders.setdefault(any(isinstance(option, opt.HalfPrecision) for option in thrown), {})
@@ -210,7 +211,9 @@ class Predictor:
             key = (stage, picture, tuple(x for x in options if _matters(x, stage)))
             if key not in self._recordings:
                 closed = estimate.stage("encode" if stage == "vae_encode" else stage)
-                self._recordings[key] = stages.record(stage, closed)
+                of_vae = [option for option in key[2] if isinstance(option, ON_VAE)]
+                with thrown_on_vae(prepared.skeleton, of_vae, in_force(self.pipe, ())) as told:
+                    self._recordings[key] = replace(stages.record(stage, closed), told=tuple(told))
             found[stage] = self._recordings[key]
         return found
 
@@ -262,7 +265,8 @@ class Predictor:
         assert self.workspaces is not None
         workspaces, facts = self.workspaces, prepared.skeleton.facts
         stages = tuple(_stage(name, peak, least[name], recordings[name].reasons) for name, peak in peaks.items())
-        notes = [*self._about_level(), *prepared.told]
+        refused = dict.fromkeys(sentence for recording in recordings.values() for sentence in recording.told)
+        notes = [*self._about_level(), *prepared.told, *refused]
         estimated = [stage for stage in stages if stage.estimated]
         notes += [f"{stage.stage} is the closed-form estimate: {stage.estimated}" for stage in estimated]
         notes += dict.fromkeys(AS_PLAIN[type(option)] for option in options if type(option) in AS_PLAIN)
@@ -348,7 +352,7 @@ def _matters(option: Options, stage: str) -> bool:
         return False
     if stage == "encode":
         return isinstance(option, opt.HalfPrecision)
-    return stage != "denoise" or not isinstance(option, (opt.VAESlicing, opt.VAETiling))
+    return stage != "denoise" or not isinstance(option, ON_VAE)
 
 
 def _looped(facts: PipelineFacts) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class Recording:
         inputs: bytes of the tensors that the stage's networks were given, one tuple for each network.
         operators: how many operators ran.
         reasons: why parts of it are not a run but the closed-form estimate; empty where all of it ran.
+        told: which switches could not be thrown for it, and why.
     """
 
     events: tuple[Event, ...]
@@ -82,6 +83,7 @@ class Recording:
     inputs: tuple[tuple[int, ...], ...] = ()
     operators: int = 0
     reasons: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 _PRODUCTS = {

@@ -6,7 +6,8 @@ weights or keeps memory beside the run (offload, graphs, copies) is a rule of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -14,6 +15,7 @@ from ..actions.apply import APPLY
 from ..actions.attention import FusedAttention
 from ..actions.ledger import ledger_of
 from ..actions.precision import cast
+from ..actions.undo import Journal
 from ..errors import NotSupportedError
 from ..facts.device import DeviceFacts
 from ..planning import options as opt
@@ -27,10 +29,11 @@ ON_SKELETON = (
     opt.ChannelsLast,
     opt.PointwiseMatmul,
     opt.FusedQKV,
-    opt.VAESlicing,
-    opt.VAETiling,
 )
 """Thrown on the skeleton by their own actions."""
+
+ON_VAE = (opt.VAESlicing, opt.VAETiling)
+"""The same, but taken back after the VAE has run: no other component differs, and so no other skeleton is made."""
 
 ATTENTION = (opt.NaiveAttention, opt.SDPAAttention, opt.XFormersAttention, opt.SlicedAttention)
 """Set on the skeleton's layers as the actions would on the device that is asked about."""
@@ -85,13 +88,29 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
             # the action keeps the originals, and there are none here
             cast(skeleton.pipe, getattr(torch, option.dtype or skeleton.facts.native_dtype))
             continue
-        try:
-            APPLY[type(option)](skeleton.pipe, option)
-        except NotSupportedError as error:
-            told.append(f"{option.action}() cannot be thrown on this pipeline: {' '.join(str(error).split())}")
+        told += _throw_one(skeleton, option)[1]
     attention = next((option for option in options if isinstance(option, ATTENTION)), None)
     if attention is None and any(isinstance(option, opt.FusedQKV) for option in options):
         attention = FusedAttention()  # diffusers' own processors leave fused projections aside
     for root in skeleton.modules.values():
         set_processors(root, None if attention in already else attention, device)
     return told
+
+
+@contextmanager
+def thrown_on_vae(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Options]) -> Iterator[list[str]]:
+    """Have the switches of the VAE on inside the block, but for those that are `already`; give what could not be."""
+    thrown = [_throw_one(skeleton, option) for option in in_order(options) if option not in already]
+    try:
+        yield [sentence for _, told in thrown for sentence in told]
+    finally:
+        for journal, _ in reversed(thrown):
+            journal.revert()
+
+
+def _throw_one(skeleton: Skeleton, option: Options) -> tuple[Journal, list[str]]:
+    try:
+        return APPLY[type(option)](skeleton.pipe, option), []
+    except NotSupportedError as error:
+        told = f"{option.action}() cannot be thrown on this pipeline: {' '.join(str(error).split())}"
+        return Journal(), [told]

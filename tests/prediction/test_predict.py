@@ -20,7 +20,7 @@ from diffusers_turbo.planning.planner import plan
 from diffusers_turbo.planning.units import MIB
 from diffusers_turbo.prediction import stages
 from diffusers_turbo.prediction.predict import Predictor
-from diffusers_turbo.prediction.switches import AS_PLAIN, ATTENTION, IN_REPLAY, NO_DIFFERENCE, ON_SKELETON
+from diffusers_turbo.prediction.switches import AS_PLAIN, ATTENTION, IN_REPLAY, NO_DIFFERENCE, ON_SKELETON, ON_VAE
 from diffusers_turbo.prediction.workspaces import workspaces_of
 from tests import tiny
 from tests.bench.shrunk import build as shrunk
@@ -93,6 +93,19 @@ def test_naive_attention_holds_the_scores_and_slices_bound_them(thin):
     assert scores // 8 < held(opt.SlicedAttention(slice_size="max")) < scores // 8 + fused
     assert fused <= held(opt.SlicedAttention(max_bytes=2**24)) <= fused + 2**24
     assert held(opt.XFormersAttention()) == pytest.approx(fused, rel=0.01)
+
+
+def test_tiles_of_all_sizes_are_thrown_on_one_skeleton_and_taken_back(thin):
+    predictor = Predictor(thin.pipe)
+    peaks = {}
+    for size in (None, 512, 256, None, 512):
+        options = [opt.VAETiling(tile_size=size)] if size else []
+        found = predictor(height=1024, width=1024, options=options).stage("decode").allocated_bytes
+        assert peaks.setdefault(size, found) == found
+    assert peaks[256] < peaks[512] < peaks[None]
+    (prepared,) = predictor._prepared.values()
+    assert not prepared.skeleton.pipe.vae.use_tiling
+    assert "tiled_decode" not in vars(prepared.skeleton.pipe.vae)
 
 
 def test_slices_and_tiles_of_the_vae(thin):
@@ -248,7 +261,7 @@ def test_a_quantised_component_is_counted_and_not_run():
 
 
 def test_every_action_is_taken_into_account():
-    groups = [*ON_SKELETON, *ATTENTION, *IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN]
+    groups = [*ON_SKELETON, *ON_VAE, *ATTENTION, *IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN]
     assert sorted(kind.action for kind in groups) == sorted(ACTIONS)
 
 
