@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tiling.canvas import Grid
+from ..tiling.canvas import Canvas, Grid
 from ..tiling.grid import Axis
 from ..tiling.statistics import poolable, shared_by
 
@@ -43,7 +43,7 @@ class TiledHalf:
                 tile = part(tile)
             return tile
 
-        last = inner if inner is not None and not decodes else network.get_submodule("conv_out")
+        last = inner if inner is not None and not decodes else getattr(network, "conv_out", None)
         if len(source) > 1:
             first = self._picture(run, norms, source[:1], decodes, last)
             canvas = first.new_empty(len(source), *first.shape[1:])
@@ -57,7 +57,7 @@ class TiledHalf:
     def _picture(self, run: Any, norms: list[nn.GroupNorm], source: Tensor, decodes: bool, last: Any) -> Tensor:
         grid = self._grid(source, decodes)
         # before the first tile, whose blocks it would else lie in and keep from being given back
-        canvas = grid.canvas(source, last.out_channels, _result_dtype(last, source.device.type))
+        canvas = _canvas(grid, source, last)
         if not norms:
             return grid.paint(run, source, canvas)
 
@@ -77,12 +77,13 @@ class TiledHalf:
         return Grid(rows, columns, reads, writes)
 
 
-def _result_dtype(layer: Any, device_type: str) -> torch.dtype:
-    """What a convolution answers in."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    found: torch.dtype = layer.weight.dtype
-    return found
+def _canvas(grid: Grid, source: Tensor, last: Any) -> Canvas | None:
+    """Make the canvas for what a network's last layer will answer; None where that is not known."""
+    if not isinstance(last, nn.Conv2d):
+        return None
+    kind = source.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return grid.canvas(source, last.out_channels, torch.get_autocast_dtype(kind) if autocast else last.weight.dtype)
 
 
 class TiledDecode(TiledHalf):

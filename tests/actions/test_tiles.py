@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from diffusers_turbo import turbo
 from diffusers_turbo.actions.tiled_calls import TiledDecode, TiledEncode, takes_our_tiles
@@ -159,6 +160,24 @@ def test_the_canvas_is_there_before_the_first_tile(monkeypatch):
     run = lambda tile: vae.decoder(vae.post_quant_conv(tile))  # noqa: E731
     assert torch.equal(grid.paint(run, latents, wrong), grid.paint(run, latents))
     assert plain.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_decoder_of_ones_own_is_tiled_too():
+    vae = tiny.vae()
+    latents, own = torch.randn(1, 4, 32, 32), vae.decoder
+    expected = decoded(vae, latents, TiledDecode(vae, 8))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = own
+
+        def forward(self, x):
+            return self.inner(x)
+
+    vae.decoder = Own()
+    assert torch.equal(decoded(vae, latents, TiledDecode(vae, 8)), expected)
 
 
 def test_nothing_is_left_behind_after_a_decode_that_fails():
