@@ -123,12 +123,13 @@ def make_plan(
         fitting = [item for item in tried if usable is not None and item.needed_bytes <= usable]
         if moves_weights(rung.options) and not rung.exact and any(item.exact for item in fitting):
             continue  # neither as exact as what fits, nor free
-        if rung.stints and any(item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in fitting):
+        # of those that fit, the ones with graphs if this rung has some
+        alike = [item for item in fitting if rung.lean or not item.missed_seconds]
+        if rung.stints and any(item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in alike):
             continue  # nothing needs to be stinted of where one fits that does not
         if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
             continue  # graphs of what is streamed fit
-        # where all of the denoiser has room, and graphs if this rung has, nothing is gained by streaming a part of it
-        alike = [item for item in fitting if rung.lean or not item.missed_seconds]
+        # where all of the denoiser has room, nothing is gained by streaming a part of it
         whole = any(item.moving_seconds == 0 or item.rung.has(PartialOffload) for item in alike)
         if usable is not None and rung.streams and not whole:
             drafts.append(_filled(situation, rung, estimates, usable))

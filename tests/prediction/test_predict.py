@@ -80,6 +80,17 @@ def test_with_more_room_no_plan_is_slower(sd15):
     assert seconds == sorted(seconds, reverse=True)
 
 
+@pytest.mark.parametrize("room", [0.5, 0.7])
+def test_components_come_by_layers_where_that_leaves_room_for_graphs(sd15, room):
+    """Without them the same fits with whole components, and takes longer."""
+    made = plan(sd15.pipe, H100, vram_budget=int(room * 2**30), estimates=sd15.estimate)
+    steps = {step.action: step.options for step in made.steps}
+    assert steps["enable_partial_offload"]["by_layers"]
+    assert "enable_cuda_graphs" in steps
+    whole = [way.added_seconds for way in made.alternatives if way.fits and "by_layers" not in "".join(way.switches)]
+    assert min(way.added_seconds for way in made.alternatives if way.fits) < min(whole) / 1.5
+
+
 def test_naive_attention_holds_the_scores_and_slices_bound_them(thin):
     def held(option):
         return _peaks(thin, option).stage("denoise").activation_bytes
