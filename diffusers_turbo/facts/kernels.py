@@ -19,6 +19,10 @@ KernelTable = dict[str, tuple[str, ...]]
 """Backend or operator name -> the dtypes it ran with, by name."""
 
 _DTYPES = ("float16", "bfloat16", "float32")
+_HALVES_ONLY = ("cudnn",)
+"""Backends that torch itself gives nothing in float32 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): cuDNN
+would take most of a second to plan a call whose answer is NaN."""
+
 _HEADS, _TOKENS, _HEAD_DIM = 2, 128, 64
 """A head size and a length that every fused kernel takes."""
 
@@ -52,7 +56,11 @@ def probe_sdpa(device: str, dtypes: Sequence[str] = _DTYPES) -> KernelTable:
         }
     elif kind == "mps":
         calls = {"math": lambda q, k, v: aten._scaled_dot_product_attention_math_for_mps(q, k, v)[0]}
-    return {name: ran for name, call in calls.items() if (ran := _dtypes_that_run(call, device, dtypes))}
+    halves = [dtype for dtype in dtypes if dtype != "float32"]
+    tried = {
+        name: _dtypes_that_run(call, device, halves if name in _HALVES_ONLY else dtypes) for name, call in calls.items()
+    }
+    return {name: ran for name, ran in tried.items() if ran}
 
 
 def probe_xformers(device: str) -> KernelTable:

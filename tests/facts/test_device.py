@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_turbo import plan
-from diffusers_turbo.facts import probing
+from diffusers_turbo.facts import kernels, probing
 from diffusers_turbo.facts.device import (
     DeviceFacts,
     lacks_tensor_cores,
@@ -238,3 +238,13 @@ def test_prediction_and_trial_agree_on_this_gpu():
     assert {name: set(dtypes) for name, dtypes in facts.sdpa_kernels.items()} == {
         name: set(dtypes) for name, dtypes in predicted.items()
     }
+
+
+def test_cudnn_is_not_tried_in_float32(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        kernels, "_dtypes_that_run", lambda call, device, dtypes: tried.append(tuple(dtypes)) or ("ran",)
+    )
+    assert set(kernels.probe_sdpa("cuda")) == {"flash", "efficient", "cudnn", "math"}
+    assert tried.count(("float16", "bfloat16")) == 1
+    assert tried.count(("float16", "bfloat16", "float32")) == 3
