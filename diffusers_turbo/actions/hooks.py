@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .streaming import Unit
+from .undo import ABSENT, owned, put
 
 if TYPE_CHECKING:
     from .partial_offload import PartialResidency
@@ -105,3 +107,32 @@ class UnitHook(Hook):
         if self.unit is not None:
             self.residency.leave(self.unit)
         return output
+
+
+@dataclass(eq=False)
+class Hooked:
+    """The modules that carry hooks, and the forwards that were their own before."""
+
+    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+    def hang(self, module: nn.Module, hook: Hook) -> None:
+        """Hang a hook on a module."""
+        from accelerate.hooks import add_hook_to_module
+
+        for name in ("pre_forward", "post_forward"):
+            # weights move outside of compiled code
+            setattr(hook, name, torch.compiler.disable(getattr(hook, name)))  # type: ignore[no-untyped-call]
+        self.forwards.append((module, owned(module, "forward")))
+        add_hook_to_module(module, hook)
+
+    def take_off(self, units: Iterable[Unit]) -> None:
+        """Take the hooks off layers, as far as they carry any."""
+        from accelerate.hooks import remove_hook_from_module
+
+        gone = {unit.module for unit in units}
+        for module, forward in self.forwards:
+            if module in gone:
+                remove_hook_from_module(module)
+                # one that was taken back under the hook is nobody's any more
+                put(module, "forward", ABSENT if getattr(forward, "lifted", False) else forward)
+        self.forwards = [(module, forward) for module, forward in self.forwards if module not in gone]

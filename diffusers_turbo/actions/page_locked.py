@@ -11,11 +11,15 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from ..facts.host import host_memory
+from ..planning.options import PartialOffload
 from ..planning.residents import aligned, pack
 from ..planning.units import gib
 from .streaming import extent, placed
@@ -84,3 +88,58 @@ def pin(tensors: Sequence[Tensor], budget_bytes: int, device: torch.device) -> t
         except RuntimeError as error:
             return slabs[:done], f"the system refused: {' '.join(str(error).split())}"
     return slabs, f"the budget of {gib(budget_bytes)} holds no more" if None in packed.places else ""
+
+
+@dataclass(eq=False)
+class PinnedMemory:
+    """Page-locked memory that a pipeline's weights wait in, up to a budget.
+
+    Attributes:
+        slabs: what there is of it; each goes with the weights that lie in it.
+        trouble: why it does not hold all that it was to hold; empty if it does.
+    """
+
+    device: torch.device
+    options: PartialOffload
+    slabs: WeakSet[Slab] = field(default_factory=WeakSet)
+    trouble: str = ""
+    _all_streamed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return sum(map(len, self.slabs))
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether weights are meant to wait in it, where that is a matter."""
+        return self.options.pin_memory or not can_pin(self.device)
+
+    @property
+    def holds_streamed(self) -> bool:
+        """Whether all that is streamed waits in it, where that is a matter."""
+        return self._all_streamed or not can_pin(self.device)
+
+    def take_all(self, tensors: Sequence[Tensor]) -> None:
+        """Move weights into it, if there is room for all of them."""
+        if self._is_used and sum(aligned(extent(tensor)) for tensor in tensors) <= self._budget():
+            self._take(tensors)
+
+    def take(self, streamed: Sequence[Tensor], visiting: Sequence[Tensor]) -> None:
+        """Move into it what is streamed, and then what comes and goes, as far as the budget goes."""
+        self.trouble, self._all_streamed = "", False
+        if self._is_used:
+            self._take([tensor for tensor in (*streamed, *visiting) if not tensor.is_pinned()])
+            self._all_streamed = all(tensor.is_pinned() or not tensor.numel() for tensor in streamed)
+
+    def _take(self, tensors: Sequence[Tensor]) -> None:
+        left = max(0, self._budget() - self.size)
+        slabs, self.trouble = pin(list(dict.fromkeys(tensors)), left, self.device)
+        self.slabs.update(slabs)
+
+    @property
+    def _is_used(self) -> bool:
+        return self.options.pin_memory and can_pin(self.device)
+
+    def _budget(self) -> int:
+        return int(self.options.pinned_bytes) if self.options.pinned_bytes is not None else host_memory()[1] // 2

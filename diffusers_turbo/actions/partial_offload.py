@@ -1,7 +1,7 @@
 """As much of the denoiser on the device as fits, the rest streamed through it; every other component comes and goes.
 
-The first forward runs layer by layer and learns the order in which they work. From it follow the groups, which of them
-stay (`planning.residents`), and where the others wait: in page-locked memory as far as its budget goes.
+The first forward runs layer by layer, from which follows what stays (`layers`). What does not waits in page-locked
+memory, as far as its budget goes.
 """
 
 from __future__ import annotations
@@ -10,52 +10,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
-from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline
 from ..graphs.capture import is_recording
 from ..modules import modules_in
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
-from ..planning.residents import SMALL_BYTES, aligned, choose_streamed, join_neighbours, window_sizes
+from ..planning.residents import window_sizes
 from ..planning.units import gib
 from .calls import look_again, release_recorded
 from .components import denoiser_of, modules_of
-from .hooks import ComponentHook, Hook, UnitHook
+from .hooks import ComponentHook, Hooked, UnitHook
+from .layers import LayerOrder, Passing
 from .offload import Placement, accelerator, refuse_foreign_offload
-from .page_locked import Slab, can_pin, pin
-from .streaming import (
-    HOST,
-    Group,
-    Loan,
-    Unit,
-    Window,
-    bring,
-    extent,
-    return_cached,
-    units_of,
-    weights_of,
-)
-from .undo import ABSENT, Journal, journaling, owned, put
-
-
-@dataclass(frozen=True)
-class Passing:
-    """A component that comes layer by layer: its weights as they were seen, those that stay meanwhile, its layers."""
-
-    weights: list[Tensor]
-    fixed: tuple[Tensor, ...]
-    modules: set[nn.Module]
-
-    def is_of(self, weights: list[Tensor]) -> bool:
-        """Whether a component has these weights still, and no others."""
-        same = len(weights) == len(self.weights)
-        return same and all(now is then for now, then in zip(weights, self.weights, strict=True))
+from .page_locked import PinnedMemory
+from .streaming import HOST, Loan, Unit, Window, bring, return_cached, weights_of
+from .undo import Journal, journaling
 
 
 @dataclass(eq=False)
@@ -65,10 +39,8 @@ class PartialResidency:
     Attributes:
         looped: the components that are called at every step, in that order, the denoiser last.
         others: those that come to work and leave, one at a time.
-        units: layers by module, in the order in which they were found.
-        fixed: weights of modules that have layers below them: they stay.
-        groups: what was learnt: groups in the order in which they work; None before the first forward has ended.
-        streamed: those of them that do not stay.
+        layers: what is known of the looped components' layers.
+        pinned: where weights wait.
 
     Of the other components those that the options name come layer by layer.
     """
@@ -77,21 +49,10 @@ class PartialResidency:
     options: PartialOffload
     looped: dict[str, nn.Module]
     others: dict[str, nn.Module]
-    units: list[Unit] = field(default_factory=list)
-    fixed: tuple[Tensor, ...] = ()
-    groups: list[Group] | None = None
-    streamed: list[Group] = field(default_factory=list)
-    trouble: str = ""
-    _slabs: WeakSet[Slab] = field(default_factory=WeakSet)
+    layers: LayerOrder = field(init=False)
+    pinned: PinnedMemory = field(init=False)
     _passing: dict[str, Passing] = field(default_factory=dict)
-    _known: tuple[Any, ...] = ()
-    _hooked: list[tuple[nn.Module, Any]] = field(default_factory=list)
-    _group_of: dict[Unit, Group] = field(default_factory=dict)
-    _sequence: list[Group] = field(default_factory=list)
-    _first_of: dict[str, Group] = field(default_factory=dict)
-    _position: int = 0
-    _visits: list[Unit] = field(default_factory=list)
-    _learnt: list[str] = field(default_factory=list)
+    _hooked: Hooked = field(default_factory=Hooked)
     _alone: dict[Unit, tuple[Tensor, ...]] = field(default_factory=dict)
     _window: Window | None = None
     _staying: Loan = field(init=False)
@@ -100,10 +61,11 @@ class PartialResidency:
     _working: str | None = None
     _in_call: bool = False
     _checked: bool = False
-    _all_pinned: bool = False
     _over: bool = False
 
     def __post_init__(self) -> None:
+        self.layers = LayerOrder({}, self.options)
+        self.pinned = PinnedMemory(self.device, self.options)
         self._staying, self._visiting = Loan(self.device), Loan(self.device)
 
     @contextmanager
@@ -128,20 +90,19 @@ class PartialResidency:
         self._staying.forget()
         self._visiting.forget()
         self._over = True
-        self.units.clear()
         self._passing.clear()
-        self.groups, self.streamed, self._sequence = None, [], []
-        self._group_of.clear()
+        self.layers = LayerOrder({}, self.options)
 
     def tell(self) -> list[str]:
         """Say what stays and what is streamed, as far as it is known."""
-        if self.groups is None:
+        if self.layers.groups is None:
             return []
-        streamed = sum(group.size for group in self.streamed)
-        stays = sum(group.size for group in self.groups) - streamed + self._fixed_bytes()
-        told = [f"{gib(stays)} stay on {self.device}, {gib(streamed)} are streamed in {len(self.streamed)} groups"]
-        if self.streamed and self.options.pin_memory:
-            told.append(f"{gib(self.pinned_bytes)} are page-locked" + (f": {self.trouble}" if self.trouble else ""))
+        stays, groups = self.layers.resident_bytes, self.layers.streamed
+        streamed = sum(group.size for group in groups)
+        told = [f"{gib(stays)} stay on {self.device}, {gib(streamed)} are streamed in {len(groups)} groups"]
+        if groups and self.options.pin_memory:
+            why = f": {self.pinned.trouble}" if self.pinned.trouble else ""
+            told.append(f"{gib(self.pinned.size)} are page-locked{why}")
         return told
 
     def start(self) -> None:
@@ -151,7 +112,7 @@ class PartialResidency:
         for module in (*self.looped.values(), *self.others.values()):
             bring(weights_of(module), HOST)
         for name, module in {**self.looped, **self.others}.items():
-            self._hook(module, ComponentHook(self, self.device, component=name))
+            self._hooked.hang(module, ComponentHook(self, self.device, component=name))
         self._begin_to_learn()
 
     def arrive(self, component: str) -> None:
@@ -166,23 +127,24 @@ class PartialResidency:
                 self._working = component
             return
         self._send_others()
-        if self.groups is not None and component not in self._learnt:
+        if self.layers.groups is not None and component not in self.layers.learnt:
             self._begin_to_learn()  # a ControlNet that had no part in the first step
         if not (self._in_call and self._checked):
             self._look_for_changes()
         if not self._here:
-            if self.streamed:
+            if self.layers.streamed:
                 return_cached(self.device)  # weights in the middle of it leave gaps that no graph can use
-            self._staying.bring(self._resident(), faithful=self._in_call and self.options.denoiser_leaves)
+            self._staying.bring(self.layers.resident, faithful=self._in_call and self.options.denoiser_leaves)
             self._here = True
-        if self.groups is None:
-            if component in self._learnt:
-                self._forget()  # a forward that was interrupted
-            self._learnt.append(component)
+        if self.layers.groups is None:
+            if component in self.layers.learnt:  # a forward that was interrupted
+                self._send_alone()
+                self.layers.forget()
+            self.layers.learnt.append(component)
             return
-        if self.streamed and self._window is None:
-            groups = [group.size for group in self.streamed]
-            self._window = Window(self.device, window_sizes(groups, range(len(groups)), self.options.window))
+        if self.layers.streamed and self._window is None:
+            sizes = [group.size for group in self.layers.streamed]
+            self._window = Window(self.device, window_sizes(sizes, range(len(sizes)), self.options.window))
 
     def settle(self) -> None:
         """Have the window hold nothing: what was recorded of a forward fills it by itself."""
@@ -199,8 +161,7 @@ class PartialResidency:
         if self._window is None:
             return
         self._window.begin()
-        if (first := self._first_of.get(component)) is not None:
-            self._position = self._sequence.index(first) - 1
+        if (first := self.layers.begin(component)) is not None:
             self._window.fetch(first)
 
     def finish(self, component: str) -> None:
@@ -209,26 +170,24 @@ class PartialResidency:
             self._window.leave()
             if is_recording(self.device):
                 self._window.settle()
-        if self.groups is None and component == next(reversed(self.looped), None):
+        if self.layers.groups is None and component == next(reversed(self.looped), None):
             self._learn()
 
     def enter(self, unit: Unit) -> None:
         """Have a layer's weights on the device, and fetch the group after its own."""
-        group = self._group_of.get(unit)
+        group = self.layers.group_of.get(unit)
         if group is None or self._window is None:
-            if self.groups is None and self._working is None:
-                self._visits.append(unit)
+            if self.layers.groups is None and self._working is None:
+                self.layers.visits.append(unit)
             self._alone[unit] = tuple(tensor.data for tensor in unit.tensors)
             bring(unit.tensors, self.device)
             return
         if self._window.working is group:
             return
         self._window.enter(group)
-        places = range(self._position + 1, self._position + 1 + len(self._sequence))
-        count = len(self._sequence)
-        self._position = next(place % count for place in places if self._sequence[place % count] is group)
-        if self._position + 1 < count or not is_recording(self.device):  # a replay begins with the first group itself
-            self._window.fetch(self._sequence[(self._position + 1) % count])
+        following = self.layers.advance(group)
+        if not self.layers.at_end or not is_recording(self.device):  # a replay begins with the first group itself
+            self._window.fetch(following)
 
     def leave(self, unit: Unit) -> None:
         """Send a layer's weights away that belong to no group (yet)."""
@@ -236,19 +195,19 @@ class PartialResidency:
         for tensor, home in zip(unit.tensors, homes, strict=False):
             tensor.data = home
 
-    # what is known of the layers
-
     @property
     def will_record(self) -> bool:
         """Whether what is streamed is meant to come from page-locked memory, where that is a matter."""
-        return self.options.pin_memory or self.options.keeps_all or not can_pin(self.device)
+        return self.options.keeps_all or self.pinned.is_wanted
 
     @property
     def lets_record(self) -> bool:
         """Whether a denoiser's call may be recorded: it comes whole, or is streamed from page-locked memory alone."""
-        if self.groups is None:
+        if self.layers.groups is None:
             return False
-        return not self.streamed or not can_pin(self.device) or (self.options.pin_memory and self._all_pinned)
+        return not self.layers.streamed or self.pinned.holds_streamed
+
+    # what is known of the layers
 
     def _visitors(self, component: str) -> Iterable[Tensor]:
         """Return the weights of a component that are there as long as it works; hook its layers if they come alone."""
@@ -258,131 +217,63 @@ class PartialResidency:
             return weights
         passing = self._passing.get(component)
         if passing is None or not passing.is_of(weights):  # others have come or gone, such as a LoRA's
-            before = set() if passing is None else passing.modules
-            self._unhook(keep=tuple(part for part, _ in self._hooked if part not in before))
-            found, fixed = units_of({component: module})
-            units = [unit for unit in found if unit.size > SMALL_BYTES]
-            small = (tensor for unit in found if unit.size <= SMALL_BYTES for tensor in unit.tensors)
-            self._passing[component] = passing = Passing(weights, (*fixed, *small), {unit.module for unit in units})
-            for unit in units:
-                self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+            self._hooked.take_off(passing.units if passing is not None else ())
+            self._passing[component] = passing = Passing.of(component, module)
+            self._hook(passing.units)
         return passing.fixed
 
     def _begin_to_learn(self) -> None:
-        layers = {module for passing in self._passing.values() for module in passing.modules}
-        self._unhook(keep=(*self.looped.values(), *self.others.values(), *layers))
+        self._hooked.take_off(self.layers.units)
         self._close_window()
         self._send_denoiser()
-        self.groups, self.streamed, self._sequence = None, [], []
-        self._group_of.clear()
-        self._forget()
-        self.units, self.fixed = units_of(self.looped)
-        self._known = self._signature()
-        if sum(unit.size for unit in self.units) <= self._room():  # in whatever order
-            self.groups = [Group(tuple(self.units))]
-            self._learnt += self.looped
+        self._send_alone()
+        self.layers = LayerOrder(self.looped, self.options)
+        if self.layers.keep_all():
             self._pin()
         else:
-            for unit in self.units:
-                self._hook(unit.module, UnitHook(self, self.device, unit=unit))
+            self._hook(self.layers.units)
         self._have_looked_again()
+
+    def _hook(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            self._hooked.hang(unit.module, UnitHook(self, self.device, unit=unit))
 
     def _have_looked_again(self) -> None:
         """Have graphs look at the looped components, which can be recorded from now on, or no longer."""
         for module in modules_in(*self.looped.values()):
             look_again(module)
 
-    def _forget(self) -> None:
-        self._send_alone()
-        self._visits.clear()
-        self._learnt.clear()
-
     def _look_for_changes(self) -> None:
         """Learn anew where weights have come, gone or changed their shape, such as a LoRA's."""
         self._checked = True
-        if self._known != self._signature():
+        if self.layers.outdated:
             self._begin_to_learn()
-        here = {id(tensor) for tensor in self._resident()} if self._here else ()
+        here = {id(tensor) for tensor in self.layers.resident} if self._here else ()
+        weights = self.layers.weights
         # what somebody moved meanwhile
-        weights = (tensor for root in self.looped.values() for tensor in weights_of(root))
         bring((tensor for tensor in weights if id(tensor) not in here and tensor.device.type != HOST.type), HOST)
 
-    def _signature(self) -> tuple[Any, ...]:
-        tensors = (tensor for root in self.looped.values() for tensor in weights_of(root))
-        return tuple((id(tensor), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
-
     def _learn(self) -> None:
-        visited = list(dict.fromkeys(self._visits))
-        self.groups = [
-            Group(tuple(visited[index] for index in indices))
-            for indices in join_neighbours([unit.size for unit in visited])
-        ]
-        chosen = choose_streamed([group.size for group in self.groups], self._room())
-        self.streamed = [self.groups[index] for index in sorted(chosen)]
-        self._group_of = {unit: group for group in self.streamed for unit in group.units}
-        passed = [group for unit in self._visits if (group := self._group_of.get(unit)) is not None]
-        self._sequence = [group for index, group in enumerate(passed) if index == 0 or group is not passed[index - 1]]
-        self._first_of = {}
-        for name, root in self.looped.items():
-            inside = set(root.modules())
-            found = [unit for unit in self._visits if unit in self._group_of and unit.module in inside]
-            if found:
-                self._first_of[name] = self._group_of[found[0]]
-        self._visits.clear()
-        staying = [unit.module for group in self.groups for unit in group.units if unit not in self._group_of]
-        everything = [module for module, _ in self._hooked]
-        gone = {id(module) for module in staying}
-        self._unhook(keep=tuple(module for module in everything if id(module) not in gone))
+        """Learn the order of the layers; those that stay need no hooks any more."""
+        self.layers.learn()
+        self._hooked.take_off(unit for group in self.layers.staying for unit in group.units)
         self._pin()
         self._here = False  # what stays comes before the next forward
         self._have_looked_again()
-
-    def _room(self) -> int:
-        """Bytes of layers that may stay."""
-        fixed = self._fixed_bytes()
-        return max(0, self.options.stays(fixed + sum(unit.size for unit in self.units)) - fixed)
-
-    def _fixed_bytes(self) -> int:
-        return sum(aligned(extent(tensor)) for tensor in self.fixed)
-
-    def _resident(self) -> list[Tensor]:
-        groups = [group for group in self.groups or () if not any(unit in self._group_of for unit in group.units)]
-        return [*self.fixed, *(tensor for group in groups for tensor in group.tensors)]
 
     def _pin_at_once(self) -> None:
         """Move into page-locked memory what comes from the device and will wait there, if all of it has room."""
         waiting = [*self.others.values(), *(self.looped.values() if self.options.denoiser_leaves else ())]
         there = [tensor for part in waiting for tensor in weights_of(part) if tensor.device.type != HOST.type]
-        if self._pins and sum(aligned(extent(tensor)) for tensor in there) <= self._pinned_budget():
-            self._pin_these(there)
+        self.pinned.take_all(there)
 
     def _pin(self) -> None:
-        """Move into page-locked memory what is streamed, and then what comes and goes, as far as its budget goes."""
-        self.trouble, self._all_pinned = "", False
-        if self._pins:
-            streamed = [tensor for group in self.streamed for tensor in group.tensors]
-            visitors = [weights_of(module) for module in self.others.values()]
-            visitors += [self._resident()] if self.options.denoiser_leaves else []
-            visiting = [tensor for part in visitors for tensor in part if tensor.device.type == HOST.type]
-            self._pin_these([tensor for tensor in (*streamed, *visiting) if not tensor.is_pinned()])
-            self._all_pinned = all(tensor.is_pinned() or not tensor.numel() for tensor in streamed)
-
-    def _pin_these(self, tensors: Iterable[Tensor]) -> None:
-        left = max(0, self._pinned_budget() - self.pinned_bytes)
-        slabs, self.trouble = pin(list(dict.fromkeys(tensors)), left, self.device)
-        self._slabs.update(slabs)
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Page-locked memory that weights lie in."""
-        return sum(map(len, self._slabs))
-
-    @property
-    def _pins(self) -> bool:
-        return self.options.pin_memory and can_pin(self.device)
-
-    def _pinned_budget(self) -> int:
-        return int(self.options.pinned_bytes) if self.options.pinned_bytes is not None else host_memory()[1] // 2
+        """Move into page-locked memory what is streamed, and then what comes and goes."""
+        streamed = [tensor for group in self.layers.streamed for tensor in group.tensors]
+        visitors = [weights_of(module) for module in self.others.values()]
+        visitors += [self.layers.resident] if self.options.denoiser_leaves else []
+        visiting = [tensor for part in visitors for tensor in part if tensor.device.type == HOST.type]
+        self.pinned.take(streamed, visiting)
 
     # who goes
 
@@ -409,28 +300,6 @@ class PartialResidency:
             self._release_recorded()  # which reads from the window
             self._window.close()
             self._window = None
-
-    # hooks
-
-    def _hook(self, module: nn.Module, hook: Hook) -> None:
-        from accelerate.hooks import add_hook_to_module
-
-        for name in ("pre_forward", "post_forward"):
-            # weights move outside of compiled code
-            setattr(hook, name, torch.compiler.disable(getattr(hook, name)))  # type: ignore[no-untyped-call]
-        self._hooked.append((module, owned(module, "forward")))
-        add_hook_to_module(module, hook)
-
-    def _unhook(self, keep: tuple[nn.Module, ...]) -> None:
-        from accelerate.hooks import remove_hook_from_module
-
-        kept = {id(module) for module in keep}
-        for module, forward in self._hooked:
-            if id(module) not in kept:
-                remove_hook_from_module(module)
-                # one that was taken back under the hook is nobody's any more
-                put(module, "forward", ABSENT if getattr(forward, "lifted", False) else forward)
-        self._hooked = [(module, forward) for module, forward in self._hooked if id(module) in kept]
 
 
 def apply(pipe: Any, options: PartialOffload) -> Journal:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from diffusers_turbo import TurboError, turbo
-from diffusers_turbo.actions import page_locked, partial_offload
+from diffusers_turbo.actions import layers, page_locked
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Window, extent, units_of, weights_of
 from diffusers_turbo.planning.residents import aligned, window_sizes
@@ -37,7 +37,7 @@ def test_pictures_to_the_bit_and_undo(make, resident_bytes, leaves, prefetch):
     for _ in range(2):
         assert torch.equal(tiny.picture(pipe, steps=3), stock)
     if resident_bytes == EVERYTHING:
-        assert residency_of(pipe).streamed == []
+        assert residency_of(pipe).layers.streamed == []
     pipe.disable_offload()
     assert differences(before, state_of(pipe)) == []
     assert torch.equal(tiny.picture(pipe, steps=3), stock)
@@ -63,19 +63,19 @@ def test_no_more_on_the_device_than_was_asked_for(make, resident_bytes, prefetch
     device.watch(pipe)
     tiny.picture(pipe, steps=3)
     residency = residency_of(pipe)
-    sizes = [group.size for group in residency.groups]
-    streamed = [index for index, group in enumerate(residency.groups) if group in residency.streamed]
-    fixed = sum(tensor.nbytes for tensor in residency.fixed)
+    sizes = [group.size for group in residency.layers.groups]
+    streamed = [index for index, group in enumerate(residency.layers.groups) if group in residency.layers.streamed]
+    fixed = sum(tensor.nbytes for tensor in residency.layers.fixed)
     window, count = sum(window_sizes(sizes, streamed, 2 if prefetch else 1)), 2 if prefetch else 1
-    assert device.peaks["window"] == window <= count * max(unit.size for unit in residency.units)
-    largest = max(sum(tensor.nbytes for tensor in unit.tensors) for unit in residency.units)
+    assert device.peaks["window"] == window <= count * max(unit.size for unit in residency.layers.units)
+    largest = max(sum(tensor.nbytes for tensor in unit.tensors) for unit in residency.layers.units)
     # the first forward has one layer at a time there, beside what belongs to no layer
     assert device.peaks[denoiser] <= max(resident_bytes, fixed + largest)
     total = sum(sizes)
     if resident_bytes < total:
         # what stays is all that fits: a group more would be too much
-        stays = total - sum(group.size for group in residency.streamed)
-        assert stays + min(group.size for group in residency.streamed) > resident_bytes - 2 * fixed - 512
+        stays = total - sum(group.size for group in residency.layers.streamed)
+        assert stays + min(group.size for group in residency.layers.streamed) > resident_bytes - 2 * fixed - 512
 
 
 def test_components_come_to_work_and_leave(device):
@@ -127,7 +127,7 @@ def test_every_group_is_fetched_before_it_is_entered(monkeypatch):
     pipe = turbo(tiny.sd())
     pipe.enable_partial_offload(700_000, device="cpu:0")
     tiny.picture(pipe, steps=4)
-    assert len(residency_of(pipe).streamed) > 3
+    assert len(residency_of(pipe).layers.streamed) > 3
     assert late == []
 
 
@@ -136,7 +136,7 @@ def test_layers_that_stay_carry_no_hooks():
     pipe.enable_partial_offload(700_000, device="cpu:0")
     tiny.picture(pipe)
     residency = residency_of(pipe)
-    streamed = {unit.module for group in residency.streamed for unit in group.units}
+    streamed = {unit.module for group in residency.layers.streamed for unit in group.units}
     hooked = {module for module in pipe.unet.modules() if "_hf_hook" in vars(module)}
     assert hooked == streamed | {pipe.unet}
 
@@ -149,7 +149,7 @@ def _pinning(monkeypatch, refuse=False):
             raise RuntimeError("CUDA error: out of memory")
         asked.append(len(slab))
 
-    monkeypatch.setattr(partial_offload, "can_pin", lambda device: True)
+    monkeypatch.setattr(page_locked, "can_pin", lambda device: True)
     monkeypatch.setattr(page_locked.Slab, "lock", lock)
     return asked
 
@@ -163,8 +163,8 @@ def test_page_locked_memory_keeps_to_its_budget(budget, monkeypatch):
     for _ in range(2):
         assert torch.equal(tiny.picture(pipe), stock)
     residency = residency_of(pipe)
-    streamed = sum(group.size for group in residency.streamed)
-    assert sum(asked) == residency.pinned_bytes
+    streamed = sum(group.size for group in residency.layers.streamed)
+    assert sum(asked) == residency.pinned.size
     if budget is None:
         others = [tensor for module in residency.others.values() for tensor in weights_of(module)]
         assert sum(asked) == streamed + sum(aligned(extent(tensor)) for tensor in others)
@@ -185,7 +185,7 @@ def test_page_locked_memory_goes_with_the_weights_that_lie_in_it(monkeypatch):
     pipe.enable_partial_offload(100_000, device="cpu:0")
     assert torch.equal(tiny.picture(pipe), stock)
     gc.collect()
-    assert residency_of(pipe).pinned_bytes == sum(locked)
+    assert residency_of(pipe).pinned.size == sum(locked)
     assert not unlocked
     pipe.disable_offload()
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -235,7 +235,7 @@ OTHERS = {"sd": ("text_encoder", "vae"), "sdxl": ("text_encoder", "text_encoder_
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
 def test_components_that_come_layer_by_layer(make, device, monkeypatch):
     """No more of them is there than the largest layer, and what is small or belongs to no layer."""
-    monkeypatch.setattr(partial_offload, "SMALL_BYTES", 1024)
+    monkeypatch.setattr(layers, "SMALL_BYTES", 1024)
     pipe = turbo(make())
     names = OTHERS[make.__name__]
     stock, before = tiny.picture(pipe, steps=3), state_of(pipe)
@@ -280,7 +280,7 @@ def test_tiles_share_their_statistics_where_the_vae_comes_layer_by_layer(make, f
 
 
 def test_layers_of_other_components_are_hooked_anew_where_weights_come_and_go(device, monkeypatch):
-    monkeypatch.setattr(partial_offload, "SMALL_BYTES", 0)
+    monkeypatch.setattr(layers, "SMALL_BYTES", 0)
     pipe, plain = turbo(tiny.sd()), tiny.sd()
     pipe.enable_partial_offload(300_000, by_layers="text_encoder", device="cpu:0")
     stock = tiny.picture(pipe)

@@ -83,7 +83,7 @@ def test_a_lora_that_comes_and_goes(resident_bytes, device):
     expected = tiny.picture(plain)
     assert not torch.equal(expected, stock)
     assert torch.equal(tiny.picture(pipe), expected)
-    modules = {unit.module for unit in residency_of(pipe).units}
+    modules = {unit.module for unit in residency_of(pipe).layers.units}
     assert {part for name, part in pipe.unet.named_modules() if name.endswith("lora_A.default")} <= modules
     pipe.disable_offload()
     assert torch.equal(tiny.picture(pipe), expected)
@@ -174,7 +174,7 @@ def test_a_controlnet_shares_the_room_with_the_denoiser(device):
         assert torch.equal(tiny.picture(pipe, **arguments), stock)
     residency = residency_of(pipe)
     assert list(residency.looped) == ["controlnet", "unet"]
-    assert len({unit for group in residency.groups for unit in group.units}) == len(residency.units)
+    assert len({unit for group in residency.layers.groups for unit in group.units}) == len(residency.layers.units)
     device.peaks.clear()
     device.moved = True
     assert torch.equal(tiny.picture(pipe, **arguments), stock)

@@ -116,7 +116,7 @@ def test_what_is_streamed_is_recorded_with_the_step(make, resident_bytes, leaves
     pipe.enable_cuda_graphs()
     held = held_after_pictures(pipe, stock)
     graphs = recorded(pipe)
-    assert residency_of(pipe).streamed
+    assert residency_of(pipe).layers.streamed
     assert graphs.reason is None
     # the first step learns the order, the second is seen
     assert (graphs.eager, graphs.captured, graphs.replayed) == (2, 4, 30)
@@ -165,7 +165,7 @@ def test_streamed_weights_are_page_locked_and_no_longer_when_it_is_off():
     pipe.enable_partial_offload(300_000)
     tiny.picture(pipe)
     residency = residency_of(pipe)
-    assert all(tensor.is_pinned() for group in residency.streamed for tensor in group.tensors if tensor.numel())
+    assert all(tensor.is_pinned() for group in residency.layers.streamed for tensor in group.tensors if tensor.numel())
     assert "page-locked" in str(pipe.turbo_report())
     on_host = turbo(tiny.sd())
     on_host.enable_partial_offload(300_000)
@@ -181,9 +181,9 @@ def test_weights_go_from_the_device_into_page_locked_memory_and_come_back():
     components = (pipe.unet, pipe.vae, pipe.text_encoder)
     weights = [tensor for part in components for tensor in weights_of(part) if tensor.numel()]
     assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in weights)
-    assert residency_of(pipe).pinned_bytes >= sum(extent(tensor) for tensor in weights)
+    assert residency_of(pipe).pinned.size >= sum(extent(tensor) for tensor in weights)
     assert distance(tiny.picture(pipe), stock).psnr_db > 60
-    slabs = list(residency_of(pipe)._slabs)
+    slabs = list(residency_of(pipe).pinned.slabs)
     places = [weakref.ref(slab) for slab in slabs]
     del slabs
     pipe.disable_offload()
@@ -226,7 +226,7 @@ class TestFullSize:
             pipe.enable_partial_offload(int(whole * share) + MIB, denoiser_leaves=True)
             self.picture(pipe)
             peak, seconds = peak_bytes(lambda: self.picture(pipe)), self.seconds(pipe)
-            window = 2 * max(group.size for group in residency_of(pipe).groups) if share < 1 else 0
+            window = 2 * max(group.size for group in residency_of(pipe).layers.groups) if share < 1 else 0
             found.append((share, peak, seconds, window))
             print(f"{share:.2f} of the denoiser stays: {peak / MIB:.0f} MiB, {seconds:.3f} s")
             assert distance(self.picture(pipe), stock).psnr_db >= 40

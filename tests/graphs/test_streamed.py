@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions import partial_offload, streaming
+from diffusers_turbo.actions import page_locked, partial_offload, streaming
 from diffusers_turbo.actions.ledger import ledger_of
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Window
@@ -77,7 +77,7 @@ def test_a_controlnet_that_joins_late_is_not_learnt_inside_a_recording(recording
     enter, astray = PartialResidency.enter, []
 
     def watched(self, unit):
-        if recording and self.groups is None:
+        if recording and self.layers.groups is None:
             astray.append(unit)
         enter(self, unit)
 
@@ -130,7 +130,7 @@ def test_a_recording_that_fails_half_way_leaves_nothing_in_the_window(recording,
 
 
 def test_a_denoiser_that_is_streamed_from_ordinary_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(partial_offload, "can_pin", lambda device: True)
+    monkeypatch.setattr(page_locked, "can_pin", lambda device: True)
     pipe = turbo(tiny.sd())
     pipe.enable_partial_offload(100_000, pin_memory=False, device=DEVICE)
     with pytest.raises(NotSupportedError, match="carries offload hooks, which move weights in the middle of a call"):
