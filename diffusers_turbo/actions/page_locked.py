@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -122,7 +123,7 @@ class PinnedMemory:
 
     def take_all(self, tensors: Sequence[Tensor]) -> None:
         """Move weights into it, if there is room for all of them."""
-        if self._is_used and sum(aligned(extent(tensor)) for tensor in tensors) <= self._budget():
+        if self._is_used and sum(aligned(extent(tensor)) for tensor in tensors) <= self._budget:
             self._take(tensors)
 
     def take(self, streamed: Sequence[Tensor], visiting: Sequence[Tensor]) -> None:
@@ -133,7 +134,7 @@ class PinnedMemory:
             self._all_streamed = all(tensor.is_pinned() or not tensor.numel() for tensor in streamed)
 
     def _take(self, tensors: Sequence[Tensor]) -> None:
-        left = max(0, self._budget() - self.size)
+        left = max(0, self._budget - self.size)
         slabs, self.trouble = pin(list(dict.fromkeys(tensors)), left, self.device)
         self.slabs.update(slabs)
 
@@ -141,5 +142,7 @@ class PinnedMemory:
     def _is_used(self) -> bool:
         return self.options.pin_memory and can_pin(self.device)
 
+    @cached_property
     def _budget(self) -> int:
+        """Bytes at most: by default half of what is free before any of it is taken."""
         return int(self.options.pinned_bytes) if self.options.pinned_bytes is not None else host_memory()[1] // 2

@@ -11,9 +11,12 @@ from torch import nn
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import layers, page_locked
+from diffusers_turbo.actions.page_locked import PinnedMemory
 from diffusers_turbo.actions.partial_offload import PartialResidency
 from diffusers_turbo.actions.streaming import Window, extent, units_of, weights_of
+from diffusers_turbo.planning.options import PartialOffload
 from diffusers_turbo.planning.residents import aligned, window_sizes
+from diffusers_turbo.planning.units import MIB
 from tests import tiny
 from tests.actions.streamed import EVERYTHING, Device, residency_of
 from tests.state import differences, state_of
@@ -194,6 +197,20 @@ def test_page_locked_memory_goes_with_the_weights_that_lie_in_it(monkeypatch):
     gc.collect()
     assert unlocked == locked
     assert torch.equal(tiny.picture(pipe), stock)
+
+
+def test_what_is_page_locked_already_counts_once(monkeypatch):
+    """By default half of what was free at first: what is taken of it is no longer free."""
+    asked = _pinning(monkeypatch)
+    monkeypatch.setattr(page_locked, "host_memory", lambda: (0, 32 * MIB - sum(asked)))
+    pinned = PinnedMemory(torch.device("cpu"), PartialOffload())
+    first, second, third = (torch.zeros(size * MIB, dtype=torch.uint8) for size in (10, 5, 2))
+    pinned.take_all([first])
+    pinned.take([second], [])
+    assert (pinned.size, pinned.trouble) == (15 * MIB, "")
+    pinned.take([third], [])
+    assert pinned.size == 15 * MIB
+    assert "holds no more" in pinned.trouble
 
 
 def test_refused_page_locked_memory_is_told(monkeypatch):
