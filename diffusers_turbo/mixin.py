@@ -234,6 +234,22 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
         """Switch `enable_vae_tiling` off."""
         self._disable("enable_vae_tiling")
 
+    def enable_vae_exact_tiling(self, tile_size: int = 256) -> None:
+        """Exact: AutoencoderKL decodes in tiles and gives the untiled picture, for several times the work of a decode.
+
+        Each tile is cut out with as much around it as its layers look at, and group norms are settled one after the
+        other over all tiles. SDXL's decode of 1024 pixels holds 0.6 GiB of activations then, where it takes 3 GiB as
+        a whole (predicted). Takes the place of `enable_vae_tiling`. Encoding a picture stays whole.
+
+        Args:
+            tile_size: side of a tile in pixels where the decoder has 256 channels; smaller where it has more.
+        """
+        self._enable(opt.VAEExactTiling(tile_size=tile_size))
+
+    def disable_vae_exact_tiling(self) -> None:
+        """Switch `enable_vae_exact_tiling` off."""
+        self._disable("enable_vae_exact_tiling")
+
     def enable_vae_upcast_copy(self) -> None:
         """Exact: a float32 copy of the VAE's weights is kept, for pipelines that decode in float32 (SDXL).
 

@@ -44,6 +44,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.HalfPrecision: precision.apply,
     opt.VAESlicing: vae.apply_slicing,
     opt.VAETiling: vae.apply_tiling,
+    opt.VAEExactTiling: vae.apply_exact_tiling,
     opt.VAEUpcastCopy: vae_upcast.apply,
     opt.FusedKernels: fused_kernels.apply,
     opt.ModelOffload: offload.apply_model,

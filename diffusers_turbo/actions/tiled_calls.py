@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tiling.canvas import Canvas, Grid
+from ..tiling.exact import decode_in_tiles
 from ..tiling.grid import Axis
 from ..tiling.statistics import poolable, shared_by
 
@@ -29,6 +30,8 @@ class TiledHalf:
     step: int
     alone: bool = False
     """Whether the last call's tiles were normalised each by itself, since offload moves the norms' weights."""
+
+    trouble = "tiles were normalised each by itself, since offload moves the norms' weights one by one: seams may show"
 
     def paint(self, network: nn.Module, inner: nn.Module | None, source: Tensor, *, decodes: bool) -> Tensor:
         """Run `network` (after `inner` when it decodes, before it otherwise) over the tiles of `source`."""
@@ -105,22 +108,70 @@ class TiledEncode(TiledHalf):
         return self.paint(self.vae.encoder, self.vae.quant_conv, x, decodes=False)
 
 
+@dataclass(eq=False)
+class ExactDecode:
+    """Stands in for `tiled_decode` with tiles that give the untiled picture.
+
+    Attributes:
+        vae: whose decoding it is.
+        tile: side of a tile in pixels.
+        alone: whether the last call decoded as a whole, since offload moves the norms' weights.
+    """
+
+    vae: Any
+    tile: int
+    alone: bool = False
+
+    trouble = "the VAE decoded as a whole, since offload moves the norms' weights one by one"
+
+    def __call__(self, z: Tensor, return_dict: bool = True) -> Any:
+        """Decode latents `[B, C, h, w]` to pictures `[B, 3, H, W]`."""
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        self.alone = not poolable(self.vae.decoder)
+        sample: Tensor | None = None
+        for index in range(len(z)):
+            picture = self._decode(z[index : index + 1])
+            if len(z) == 1:
+                sample = picture
+            else:
+                sample = picture.new_empty(len(z), *picture.shape[1:]) if sample is None else sample
+                sample[index : index + 1] = picture
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if self.vae.post_quant_conv is not None:
+            z = self.vae.post_quant_conv(z)
+        if self.alone:
+            whole: Tensor = self.vae.decoder(z)
+            return whole
+        return decode_in_tiles(self.vae.decoder, z, self.tile)
+
+
+@dataclass(eq=False)
+class WholeEncode:
+    """Stands in for `_tiled_encode` where only decoding is tiled."""
+
+    vae: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Encode pictures `[B, 3, H, W]` to moments `[B, 2 * C, h, w]`."""
+        moments: Tensor = self.vae.encoder(x)
+        return moments if self.vae.quant_conv is None else self.vae.quant_conv(moments)
+
+
 @dataclass
 class TilesDone:
     """Says how the tiles of a pipeline's VAE fared; changes nothing itself."""
 
-    halves: tuple[TiledHalf, ...]
+    halves: tuple[TiledHalf | ExactDecode, ...]
 
     def revert(self) -> None:
         """Nothing to put back."""
 
     def tell(self) -> list[str]:
-        """Say where tiles did without the statistics of the whole picture."""
-        if not any(half.alone for half in self.halves):
-            return []
-        return [
-            "tiles were normalised each by itself, since offload moves the norms' weights one by one: seams may show"
-        ]
+        """Say where tiles did without the statistics of the whole picture, or were none."""
+        return list(dict.fromkeys(half.trouble for half in self.halves if half.alone))
 
 
 def takes_our_tiles(vae: Any) -> bool:

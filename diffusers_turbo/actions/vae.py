@@ -1,4 +1,4 @@
-"""VAE slicing (exact) and VAE tiling (lossy), through the flags that diffusers' autoencoders read at each decode.
+"""VAE slicing (exact), exact and lossy VAE tiling, through the flags that diffusers' autoencoders read at each decode.
 
 AutoencoderKL's tiles are our own (`actions.tiled_calls`); other autoencoders keep diffusers' tiling.
 """
@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
-from ..planning.options import VAESlicing, VAETiling
+from ..planning.options import VAEExactTiling, VAESlicing, VAETiling
+from ..tiling.exact import refusal_of
 from .components import component
-from .tiled_calls import TiledDecode, TiledEncode, TilesDone, takes_our_tiles
+from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode, takes_our_tiles
 from .undo import Journal, journaling
 
 DEFAULT_TILE = 512
@@ -55,6 +56,29 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
         own = _default_picture(pipe)
         if own is not None and own <= tile:
             journal.note(f"a no-op at this model's own size of {own} px: ask for a smaller tile_size to tile there")
+    return journal
+
+
+def apply_exact_tiling(pipe: Any, options: VAEExactTiling) -> Journal:
+    """Exact: decode in tiles that see as far as their layers look, with the group norms of the whole picture."""
+    tried = f"enable_vae_exact_tiling(tile_size={options.tile_size})"
+    vae = _vae_with(pipe, "enable_tiling", tried)
+    if not takes_our_tiles(vae) or (why := refusal_of(vae.decoder)):
+        found = why if takes_our_tiles(vae) else f"a {type(vae).__name__}"
+        needed = "diffusers' AutoencoderKL with a decoder of plain residual blocks"
+        raise NotSupportedError(explain_failure(tried, found, needed, "use enable_vae_tiling(), which is lossy"))
+    step = _pixels_per_latent(vae)
+    values = _tile_attributes(vae, options.tile_size, 0.0, step, tried)
+    decode = ExactDecode(vae, options.tile_size)
+    with journaling() as journal:
+        with journal.watching(vae, "use_tiling"):
+            vae.enable_tiling()  # type: ignore[operator]
+        for name, value in values.items():
+            journal.set_attribute(vae, name, value)
+        journal.set_attribute(vae, "tiled_decode", decode)
+        journal.set_attribute(vae, "_tiled_encode", WholeEncode(vae))
+        journal.add(TilesDone((decode,)))
+        journal.note(f"pictures above {options.tile_size} px a side are decoded in tiles; encoding stays whole")
     return journal
 
 

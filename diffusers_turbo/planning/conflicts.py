@@ -21,6 +21,7 @@ from .options import (
     SharedGuidance,
     TimeProjections,
     TraceUNet,
+    VAEExactTiling,
     VAETiling,
     VAEUpcastCopy,
 )
@@ -123,7 +124,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         first=(CompileVAE,),
-        second=(VAETiling,),
+        second=(VAETiling, VAEExactTiling),
         reason="group norms of tiles take each picture's own statistics, so tiles run outside compiled code",
     ),
     Conflict(

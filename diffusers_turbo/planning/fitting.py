@@ -20,6 +20,7 @@ from .options import (
     PartialOffload,
     SequentialOffload,
     SlicedAttention,
+    VAEExactTiling,
     VAESlicing,
     VAETiling,
 )
@@ -272,6 +273,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
     return [
         _SLICE_ATTENTION,
         VAESlicing(),
+        VAEExactTiling(),
         VAETiling(tile_size=sizes[0] if sizes else None),
         *_offloads(situation, PartialOffload(device=_offload_device(situation))),
     ]
@@ -294,6 +296,10 @@ def _trouble(option: Options, situation: Situation) -> str | None:
         if not vae.can_slice:
             return f"{vae.class_name} can't decode in slices."
         return "A batch of one picture has nothing to slice." if situation.request.batch_size == 1 else None
+    if isinstance(option, VAEExactTiling):
+        if vae.class_name != "AutoencoderKL":
+            return f"A {vae.class_name} is not known to it."
+        return "Plans do not weigh it: how much longer it takes was not measured on a GPU yet. Call it yourself."
     if vae.tiling:
         return "It is on already."
     if not vae.can_tile:

@@ -28,6 +28,7 @@ from .options import (
     SDPAAttention,
     SequentialOffload,
     SlicedAttention,
+    VAEExactTiling,
     VAESlicing,
     VAETiling,
     XFormersAttention,
@@ -307,9 +308,15 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
         else:
             # rows of finished tiles, the blended rows, and the picture they are joined into
             pictures = 3 * 3 * height * width * item_bytes * at_once
+    channels = facts.vae.block_out_channels or _DEFAULT_DECODER
+    if isinstance(exact := switches.get(VAEExactTiling), VAEExactTiling) and max(height, width) > exact.tile_size:
+        # what is held whole between two stretches, and tiles with what is around them
+        at_once = 1
+        held = sum(channels[min(level, len(channels) - 1)] / 4**level for level in (1, 2))
+        pictures = int(held * height * width * item_bytes)
+        area = min(area, (exact.tile_size + _AROUND_A_TILE) ** 2)
     if at_once < batch_size:
         pictures += 3 * height * width * item_bytes * batch_size
-    channels = facts.vae.block_out_channels or _DEFAULT_DECODER
     widest = max(area / 4**level * channels[min(level + 1, len(channels) - 1)] for level in range(len(channels)))
     live = int(_DECODER_TENSORS * widest * at_once * item_bytes)
     share = _CHANNELS_LAST_WORKSPACE if ChannelsLast in switches else _NCHW_WORKSPACE
@@ -319,6 +326,10 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
         activation_bytes=live + pictures,
         workspace_bytes=int(live * share) + FIXED_BYTES,
     )
+
+
+_AROUND_A_TILE = 16
+"""Pixels that an exact tile is larger than its own, both sides together."""
 
 
 def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:

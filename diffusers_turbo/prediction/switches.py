@@ -32,7 +32,7 @@ ON_SKELETON = (
 )
 """Thrown on the skeleton by their own actions."""
 
-ON_VAE = (opt.VAESlicing, opt.VAETiling)
+ON_VAE = (opt.VAESlicing, opt.VAETiling, opt.VAEExactTiling)
 """The same, but taken back after the VAE has run: no other component differs, and so no other skeleton is made."""
 
 ATTENTION = (opt.NaiveAttention, opt.SDPAAttention, opt.XFormersAttention, opt.SlicedAttention)

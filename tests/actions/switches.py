@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffusers_turbo.actions.tiled_calls import ExactDecode
 from diffusers_turbo.fused.layers import FusedGroupNorm, stand_in
 from diffusers_turbo.schedulers.loop import LoopMethod
 
@@ -119,6 +120,13 @@ SWITCHES = [
         "vae_tiling",
         {"tile_size": 32},
         exact=False,
+    ),
+    Switch(
+        "enable_vae_exact_tiling",
+        "disable_vae_exact_tiling",
+        lambda pipe: pipe.vae.use_tiling and isinstance(pipe.vae.tiled_decode, ExactDecode),
+        "vae_tiling",
+        {"tile_size": 32},
     ),
     Switch(
         "enable_fused_kernels",

@@ -119,6 +119,18 @@ def test_tiles_of_all_sizes_are_thrown_on_one_skeleton_and_taken_back(thin):
     assert "tiled_decode" not in vars(prepared.skeleton.pipe.vae)
 
 
+def test_exact_tiles_hold_a_fifth_of_a_decode():
+    predictor = Predictor("sdxl")
+    whole, tiled = (predictor(options=options).stage("decode") for options in ([], [opt.VAEExactTiling(tile_size=256)]))
+    assert tiled.activation_bytes < 0.21 * whole.activation_bytes
+    assert not tiled.estimated
+    closed = [
+        estimate_memory(read_pipeline(predictor.pipe), 1024, 1024, 1, options).stage("decode").activation_bytes
+        for options in ([], [opt.VAEExactTiling(tile_size=256)])
+    ]
+    assert closed[1] < 0.4 * closed[0]
+
+
 def test_slices_and_tiles_of_the_vae(thin):
     one, four = _peaks(thin).stage("decode"), _peaks(thin, batch_size=4).stage("decode")
     assert four.activation_bytes == pytest.approx(4 * one.activation_bytes, rel=0.01)

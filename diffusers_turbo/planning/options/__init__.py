@@ -21,6 +21,7 @@ from .memory import (
     ModelOffload,
     PartialOffload,
     SequentialOffload,
+    VAEExactTiling,
     VAESlicing,
     VAETiling,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "SyncFreeLoop",
     "TimeProjections",
     "TraceUNet",
+    "VAEExactTiling",
     "VAESlicing",
     "VAETiling",
     "VAEUpcastCopy",
@@ -92,6 +94,7 @@ ACTIONS: dict[str, type[Options]] = {
         SlicedAttention,
         TF32,
         VAESlicing,
+        VAEExactTiling,
         VAETiling,
         VAEUpcastCopy,
         FusedKernels,

@@ -48,6 +48,22 @@ class VAETiling(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VAEExactTiling(Options):
+    """Decode each picture in tiles that see as far as their layers look, with the group norms of the whole picture.
+
+    `tile_size` in pixels of the picture's side, where the decoder has 256 channels; smaller where it has more.
+    """
+
+    action = "enable_vae_exact_tiling"
+    slot = "vae_tiling"
+
+    tile_size: int = 256
+
+    def __post_init__(self) -> None:
+        self._check_positive("tile_size", multiple_of=8)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOffload(Options):
     """Keep one whole component on the device at a time, the others in host memory."""
 
