@@ -22,12 +22,14 @@ from ..planning.options import (
     SDPAAttention,
     SequentialOffload,
     SlicedAttention,
+    VAEExactTiling,
     VAESlicing,
     VAETiling,
     VAEUpcastCopy,
 )
 from .components import modules_of
 from .ledger import Ledger
+from .tiled_calls import decodes_in_exact_tiles
 
 HOLD_MEMORY = (CUDAGraphs, VAEUpcastCopy)
 """Switches for speed that hold memory of their own: pools of graphs, copies of weights."""
@@ -64,12 +66,17 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
     vae = modules_of(pipe).get("vae") if component == "vae" else None
     if vae is not None and batch_size > 1 and hasattr(vae, "enable_slicing") and not getattr(vae, "use_slicing", True):
         yield _step(ledger, VAESlicing(), alone=False)
+    untiled = not getattr(vae, "use_tiling", False)
+    if untiled and side > VAEExactTiling().tile_size and vae is not None and decodes_in_exact_tiles(vae):
+        yield _step(ledger, VAEExactTiling(), alone=False)
     if component == "unet" and _holds_scores(pipe, ledger):
         yield _step(ledger, SlicedAttention(slice_size="max"))
     for offload in _offloads(pipe, ledger):
         yield _step(ledger, offload)
     if tiling and vae is not None and hasattr(vae, "enable_tiling"):
-        now = side if not getattr(vae, "use_tiling", False) else getattr(vae, "tile_sample_min_size", 0)
+        lossy = any(isinstance(lever.options, VAETiling) for lever in ledger.levers())
+        untiled = untiled or (not lossy and ledger.top("vae_tiling") is not None)
+        now = side if untiled else getattr(vae, "tile_sample_min_size", 0)
         for size in TILE_SIZES:
             if size < min(now, side):
                 yield _step(ledger, VAETiling(tile_size=size), alone=False)

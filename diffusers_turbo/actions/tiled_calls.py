@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tiling.canvas import Canvas, Grid
-from ..tiling.exact import decode_in_tiles
+from ..tiling.exact import decode_in_tiles, refusal_of
 from ..tiling.grid import Axis
 from ..tiling.statistics import poolable, shared_by
 
@@ -182,3 +182,8 @@ def takes_our_tiles(vae: Any) -> bool:
     return isinstance(vae, AutoencoderKL) and all(
         getattr(type(vae), name, None) is getattr(AutoencoderKL, name, False) for name in names
     )
+
+
+def decodes_in_exact_tiles(vae: Any) -> bool:
+    """Whether `ExactDecode` can stand in for its tiled decoding, with the weights where they are now."""
+    return takes_our_tiles(vae) and not refusal_of(vae.decoder) and bool(poolable(vae.decoder))

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions.offload import Placement, TensorPlace
+from diffusers_turbo.actions.tiled_calls import TiledDecode
 from diffusers_turbo.errors import OutOfMemoryError
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.options import VAETiling
@@ -119,13 +120,31 @@ def test_attention_that_holds_its_scores_is_sliced_before_anything_is_moved(monk
 def test_tiles_come_last_and_are_called_lossy(make, monkeypatch):
     pipe = turbo(make())
     pipe.enable_memory_fallback(allow_tiling=True)
-    starved = Starved(lambda: pipe.vae.use_tiling).install(monkeypatch, pipe.vae.decoder)
+    lossy = lambda: isinstance(getattr(pipe.vae, "tiled_decode", None), TiledDecode)  # noqa: E731
+    starved = Starved(lossy).install(monkeypatch, pipe.vae.decoder.conv_in)
     ours = tiny.picture(pipe, steps=1, height=264, width=264)
     assert torch.isfinite(ours).all()
-    assert starved.failures == 5
+    assert starved.failures == 6
+    assert "enable_vae_exact_tiling()" in str(pipe.turbo_report())
     report = pipe.turbo_report()
     assert not report.exact
     assert f"enable_vae_tiling(tile_size=256); LOSSY: {VAETiling().lossy_reason}" in str(report)
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
+def test_exact_tiles_come_before_offload(make, monkeypatch):
+    size = {"steps": 1, "height": 264, "width": 264}
+    stock = tiny.picture(make(), **size)
+    pipe = turbo(make())
+    pipe.enable_memory_fallback()
+    starved = Starved(lambda: False).install(monkeypatch, pipe.vae.decoder)
+    for _ in range(2):
+        assert distance(tiny.picture(pipe, **size), stock).psnr_db > 100
+    assert starved.failures == 2  # as it was, and with what was cached given back
+    assert actions(pipe) == ["enable_memory_fallback", "enable_vae_exact_tiling"]
+    assert pipe.turbo_report().exact
+    pipe.disable_memory_fallback()
+    assert actions(pipe) == []
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])

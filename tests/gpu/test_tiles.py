@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -73,3 +74,40 @@ def test_a_tiled_decode_holds_the_canvas_and_one_tile(pipe):
     assert ours < stock
     estimate = estimate_memory(read_pipeline(pipe), 2224, 3840, 1, [VAETiling(tile_size=512)])
     assert 0.9 <= estimate.stage("decode").peak_bytes / ours <= 1.15
+
+
+@pytest.mark.parametrize("switches", [(), ("enable_channels_last", "enable_pointwise_matmul", "enable_fused_kernels")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_exact_tiles_give_the_untiled_decode_in_a_part_of_its_memory(pipe, dtype, switches):
+    vae, found, seconds = pipe.vae.to(dtype), {}, {}
+    latents = torch.randn(1, 4, 128, 128, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    held = torch.cuda.memory_allocated()
+
+    def decode(name: str) -> int:
+        def call() -> None:
+            with torch.no_grad():
+                found[name] = vae.decode(latents).sample.float().cpu()
+
+        call()
+        start = time.perf_counter()
+        peak = peak_bytes(call)
+        seconds[name] = time.perf_counter() - start
+        return peak - held
+
+    try:
+        for action in switches:
+            getattr(pipe, action)()
+        whole = decode("whole")
+        pipe.enable_vae_exact_tiling(tile_size=256)
+        tiled = decode("tiled")
+    finally:
+        pipe.turbo_undo()
+        pipe.vae.to(torch.float16)
+    print(
+        f"{dtype} {switches}: {whole >> 20} and {tiled >> 20} MiB, {seconds['whole']:.3f} and {seconds['tiled']:.3f} s"
+    )
+    spread = found["whole"].std().item()
+    assert (found["tiled"] - found["whole"]).square().mean().sqrt() < (
+        1e-5 if dtype == torch.float32 else 1e-2
+    ) * spread
+    assert tiled < whole / 2
