@@ -386,9 +386,10 @@ class TurboMixin(RelievesTheHost, SparesWork, Compiles, LooksAndUndoes, CopiesIt
     def enable_memory_fallback(self, allow_tiling: bool = False) -> None:
         """Exact: a component that runs out of device memory makes room, one step at a time, and is called again.
 
-        The steps: free the cache, do without graphs and copies of weights, slice the VAE's batch, slice attention that
-        holds its scores, decode in exact tiles, offload more. Each is a switch of its own in the report and stays on for the next call. When
-        none is left, the error says what would fit. In force during this pipeline's calls only.
+        The steps: free the cache, do without graphs and copies of weights, slice the VAE's batch, decode in exact
+        tiles, slice attention that holds its scores, offload more. Each is a switch of its own in the report and stays
+        on for the next call. When none is left, the error says what would fit. In force during this pipeline's calls
+        only.
 
         Args:
             allow_tiling: LOSSY if it comes to that: tile the VAE when nothing else is left.
