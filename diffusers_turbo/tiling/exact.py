@@ -1,4 +1,4 @@
-"""A decode in tiles that is the untiled one up to rounding, for as many times the work as there are norms in a row.
+"""A decode in tiles that is the untiled one up to rounding, at the price of running each tile once for every norm.
 
 Two things make tiles differ from the whole picture. A convolution sees zeros where the picture goes on: so each tile is
 cut out with as many pixels around it as its layers look far, and these are thrown away. A group norm sees a tile's
@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .statistics import forwards
+from .statistics import forwards, normed_by
 
 REFERENCE_CHANNELS = 256
 """Tiles have the side that is asked for where there are so many channels, and a smaller one where there are more."""
@@ -45,14 +44,15 @@ class Settled:
         self.wide = torch.promote_types(input.dtype, torch.float32)
         own = input[0, :, self.core[0], self.core[1]].to(self.wide)
         variance, mean = torch.var_mean(own, dim=(1, 2), correction=0)
-        self.seen.append((own[0].numel(), mean.double(), variance.double()))
+        pooled_in = torch.float32 if input.device.type == "mps" else torch.float64  # which MPS does not know
+        self.seen.append((own[0].numel(), mean.to(pooled_in), variance.to(pooled_in)))
         raise _Measured
 
     def settle(self) -> None:
         """Pool what was seen, of all tiles and the channels of each group."""
-        counts = torch.tensor([count for count, _, _ in self.seen], dtype=torch.float64, device=self.seen[0][1].device)
-        shares = (counts / counts.sum())[:, None]
         means = torch.stack([mean for _, mean, _ in self.seen])
+        counts = means.new_tensor([count for count, _, _ in self.seen])
+        shares = (counts / counts.sum())[:, None]
         variances = torch.stack([variance for _, _, variance in self.seen])
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean).square())).sum(0)
@@ -65,9 +65,7 @@ class Settled:
 
     def apply(self, input: Tensor) -> Tensor:
         """Normalise `[1, C, ..]` by the pooled statistics."""
-        mean, variance, *affine = self.per_channel
-        weight, bias = affine or (None, None)
-        return F.batch_norm(input, mean, variance, weight, bias, training=False, eps=self.norm.eps)
+        return normed_by(self.per_channel, input, self.norm.eps)
 
 
 @dataclass(frozen=True)

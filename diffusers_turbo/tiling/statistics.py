@@ -20,6 +20,16 @@ HOOKS = ("_hf_hook", "_diffusers_hook")
 """What offload hangs on a module whose weights come and go with its forward."""
 
 
+def normed_by(per_channel: list[Tensor], input: Tensor, eps: float) -> Tensor:
+    """Normalise `[1, C, ..]` by mean, variance and, if there are some, weight and bias, each `[C]`.
+
+    A batch norm that has been trained is just that.
+    """
+    mean, variance, *affine = per_channel
+    weight, bias = affine or (None, None)
+    return F.batch_norm(input, mean, variance, weight, bias, training=False, eps=eps)
+
+
 @dataclass(eq=False)
 class PooledNorm:
     """One group norm, measured over tiles and then applied with what was measured."""
@@ -46,12 +56,10 @@ class PooledNorm:
         return result
 
     def apply(self, input: Tensor) -> Tensor:
-        """Normalise `[1, C, ..]` by the pooled statistics: a batch norm that has been trained is just that."""
+        """Normalise `[1, C, ..]` by the pooled statistics."""
         if not self.per_channel:
             self.per_channel = self._settle()
-        mean, variance, *affine = self.per_channel
-        weight, bias = affine or (None, None)
-        return F.batch_norm(input, mean, variance, weight, bias, training=False, eps=self.norm.eps)
+        return normed_by(self.per_channel, input, self.norm.eps)
 
     def _settle(self) -> list[Tensor]:
         """Return mean, variance, weight and bias `[C]`, at least in float32."""

@@ -21,10 +21,10 @@ from tests.state import differences, state_of
 
 @pytest.fixture(scope="module")
 def emoji():
-    """VAE, latents `[1, 4, 32, 40]`, and their untiled decode."""
+    """VAE, latents `[1, 4, 24, 32]`, and their untiled decode."""
     vae = seams.load_vae()
     with torch.no_grad():
-        latents = seams.latents_of(vae, seams.sheet(4, 5, 320))[:, :, :32]
+        latents = seams.latents_of(vae, seams.sheet(4, 5, 256))[:, :, :24]
         return vae, latents, vae.decode(latents).sample
 
 
@@ -37,7 +37,7 @@ def decoded(vae, latents, tile):
         return decode_in_tiles(vae.decoder, vae.post_quant_conv(latents), tile)
 
 
-@pytest.mark.parametrize("tile", [32, 64, 72, 128, 512])
+@pytest.mark.parametrize("tile", [32, 72, 128, 512])
 def test_tiles_of_any_size_give_the_untiled_picture(emoji, tile):
     vae, latents, untiled = emoji
     assert psnr(decoded(vae, latents, tile), untiled) > 130
@@ -166,7 +166,7 @@ def test_encoding_stays_whole():
 
 def test_a_tile_is_all_that_is_there():
     """Of activations, counted on the CPU, beside the pictures between stretches."""
-    vae = seams.load_vae()
+    vae = tiny.vae()
     latents = torch.zeros(1, 4, 64, 64)
 
     def peak(decode):
@@ -174,6 +174,8 @@ def test_a_tile_is_all_that_is_there():
             decode()
         return memory.peak
 
+    # the middle's attention is over the whole picture
+    vae.decoder.mid_block.attentions[0] = None
     whole = peak(lambda: vae.decode(latents))
     tiled = [peak(lambda tile=tile: decoded(vae, latents, tile)) for tile in (256, 128, 64)]
     assert sorted(tiled, reverse=True) == tiled
