@@ -74,9 +74,8 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
     for offload in _offloads(pipe, ledger):
         yield _step(ledger, offload)
     if tiling and vae is not None and hasattr(vae, "enable_tiling"):
-        lossy = any(isinstance(lever.options, VAETiling) for lever in ledger.levers())
-        untiled = untiled or (not lossy and ledger.top("vae_tiling") is not None)
-        now = side if untiled else getattr(vae, "tile_sample_min_size", 0)
+        exact = any(isinstance(lever.options, VAEExactTiling) for lever in ledger.in_force())
+        now = side if untiled or exact else getattr(vae, "tile_sample_min_size", 0)
         for size in TILE_SIZES:
             if size < min(now, side):
                 yield _step(ledger, VAETiling(tile_size=size), alone=False)

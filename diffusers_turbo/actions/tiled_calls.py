@@ -47,15 +47,7 @@ class TiledHalf:
             return tile
 
         last = inner if inner is not None and not decodes else getattr(network, "conv_out", None)
-        if len(source) > 1:
-            first = self._picture(run, norms, source[:1], decodes, last)
-            canvas = first.new_empty(len(source), *first.shape[1:])
-            canvas[:1] = first
-            del first
-            for index in range(1, len(source)):
-                canvas[index : index + 1] = self._picture(run, norms, source[index : index + 1], decodes, last)
-            return canvas
-        return self._picture(run, norms, source, decodes, last)
+        return _one_by_one(lambda picture: self._picture(run, norms, picture, decodes, last), source)
 
     def _picture(self, run: Any, norms: list[nn.GroupNorm], source: Tensor, decodes: bool, last: Any) -> Tensor:
         grid = self._grid(source, decodes)
@@ -78,6 +70,19 @@ class TiledHalf:
         reads, writes = (1, self.step) if decodes else (self.step, 1)
         rows, columns = (Axis(side // reads, tile, overlap) for side in source.shape[2:])
         return Grid(rows, columns, reads, writes)
+
+
+def _one_by_one(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """Run a batch picture after picture."""
+    first = run(batch[:1])
+    if len(batch) == 1:
+        return first
+    results = first.new_empty(len(batch), *first.shape[1:])
+    results[:1] = first
+    del first
+    for index in range(1, len(batch)):
+        results[index : index + 1] = run(batch[index : index + 1])
+    return results
 
 
 def _canvas(grid: Grid, source: Tensor, last: Any) -> Canvas | None:
@@ -129,14 +134,7 @@ class ExactDecode:
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         self.alone = not poolable(self.vae.decoder)
-        sample: Tensor | None = None
-        for index in range(len(z)):
-            picture = self._decode(z[index : index + 1])
-            if len(z) == 1:
-                sample = picture
-            else:
-                sample = picture.new_empty(len(z), *picture.shape[1:]) if sample is None else sample
-                sample[index : index + 1] = picture
+        sample = _one_by_one(self._decode, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -184,6 +182,11 @@ def takes_our_tiles(vae: Any) -> bool:
     )
 
 
+def why_not_exact(vae: Any) -> str:
+    """Say why `ExactDecode` cannot stand in for its tiled decoding; empty where it can."""
+    return refusal_of(vae.decoder) if takes_our_tiles(vae) else f"a {type(vae).__name__}"
+
+
 def decodes_in_exact_tiles(vae: Any) -> bool:
-    """Whether `ExactDecode` can stand in for its tiled decoding, with the weights where they are now."""
-    return takes_our_tiles(vae) and not refusal_of(vae.decoder) and bool(poolable(vae.decoder))
+    """Whether `ExactDecode` can stand in, and would not decode as a whole with the weights where they are now."""
+    return not why_not_exact(vae) and bool(poolable(vae.decoder))

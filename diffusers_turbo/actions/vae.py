@@ -13,9 +13,8 @@ from torch import nn
 
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..planning.options import VAEExactTiling, VAESlicing, VAETiling
-from ..tiling.exact import refusal_of
 from .components import component
-from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode, takes_our_tiles
+from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode, takes_our_tiles, why_not_exact
 from .undo import Journal, journaling
 
 DEFAULT_TILE = 512
@@ -39,15 +38,11 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
     overlap = 0.25 if options.overlap is None else options.overlap
     values = _tile_attributes(vae, tile, overlap, _pixels_per_latent(vae), tried)
     with journaling() as journal:
-        with journal.watching(vae, "use_tiling"):
-            vae.enable_tiling()  # type: ignore[operator]
-        for name, value in values.items():
-            journal.set_attribute(vae, name, value)
+        _switch_on(journal, vae, values)
         if takes_our_tiles(vae):
             step = _pixels_per_latent(vae)
             halves = TiledDecode(vae, step), TiledEncode(vae, step)
-            for name, half in zip(("tiled_decode", "_tiled_encode"), halves, strict=True):
-                journal.set_attribute(vae, name, half)
+            _stand_in(journal, vae, *halves)
             journal.add(TilesDone(halves))
         else:
             journal.note(f"diffusers' own tiles, since this is a {type(vae).__name__}")
@@ -63,23 +58,30 @@ def apply_exact_tiling(pipe: Any, options: VAEExactTiling) -> Journal:
     """Exact: decode in tiles that see as far as their layers look, with the group norms of the whole picture."""
     tried = f"enable_vae_exact_tiling(tile_size={options.tile_size})"
     vae = _vae_with(pipe, "enable_tiling", tried)
-    if not takes_our_tiles(vae) or (why := refusal_of(vae.decoder)):
-        found = why if takes_our_tiles(vae) else f"a {type(vae).__name__}"
+    if found := why_not_exact(vae):
         needed = "diffusers' AutoencoderKL with a decoder of plain residual blocks"
         raise NotSupportedError(explain_failure(tried, found, needed, "use enable_vae_tiling(), which is lossy"))
     step = _pixels_per_latent(vae)
     values = _tile_attributes(vae, options.tile_size, 0.0, step, tried)
     decode = ExactDecode(vae, options.tile_size)
     with journaling() as journal:
-        with journal.watching(vae, "use_tiling"):
-            vae.enable_tiling()  # type: ignore[operator]
-        for name, value in values.items():
-            journal.set_attribute(vae, name, value)
-        journal.set_attribute(vae, "tiled_decode", decode)
-        journal.set_attribute(vae, "_tiled_encode", WholeEncode(vae))
+        _switch_on(journal, vae, values)
+        _stand_in(journal, vae, decode, WholeEncode(vae))
         journal.add(TilesDone((decode,)))
         journal.note(f"pictures above {options.tile_size} px a side are decoded in tiles; encoding stays whole")
     return journal
+
+
+def _switch_on(journal: Journal, vae: Any, values: dict[str, Any]) -> None:
+    with journal.watching(vae, "use_tiling"):
+        vae.enable_tiling()
+    for name, value in values.items():
+        journal.set_attribute(vae, name, value)
+
+
+def _stand_in(journal: Journal, vae: Any, decode: Any, encode: Any) -> None:
+    journal.set_attribute(vae, "tiled_decode", decode)
+    journal.set_attribute(vae, "_tiled_encode", encode)
 
 
 def _vae_with(pipe: Any, method: str, tried: str) -> nn.Module:
