@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import InvalidOptionError, explain_failure
-from .memory import MemoryEstimate
+from .estimate import MemoryEstimate
 from .options import ACTIONS, Options, make_options
 from .timing import STEPS
 from .units import gib

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
+from .estimate import Estimates, MemoryEstimate
 from .fitting import Estimated, Rung, cheapest, judge_fallback, judge_memory, make_ladder
-from .memory import LOOPED_ROLES, Estimates, MemoryEstimate, estimate_memory, holds_scores
+from .memory import LOOPED_ROLES, estimate_memory, holds_scores
 from .options import Options, PartialOffload, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Alternative, Plan, Rejected, Step, call_text
 from .request import Request, Situation, Verdict, settle

@@ -19,7 +19,8 @@ from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts, read_pipeline
 from ..planning import options as opt
-from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, MemoryEstimate, estimate_memory, offload_in_force
+from ..planning.estimate import MemoryEstimate
+from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, estimate_memory, offload_in_force
 from ..planning.options import Options
 from ..planning.request import Request, settle
 from .allocator import Allocator

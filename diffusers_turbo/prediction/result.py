@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..planning.memory import MemoryEstimate, StageMemory, with_margin
+from ..planning.estimate import MemoryEstimate, StageMemory, with_margin
 from ..planning.units import gib
 from .allocator import SETTINGS
 

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from ..actions.components import networks_in
 from ..facts.device import DeviceFacts
 from ..facts.pipeline import upcasts_vae
-from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, StageMemory
+from ..planning.estimate import StageMemory
+from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES
 from .attention import KernelMemory
 from .inputs import (
     VAES,

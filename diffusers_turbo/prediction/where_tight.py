@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..planning.memory import MemoryEstimate, estimate_memory
+from ..planning.estimate import MemoryEstimate
+from ..planning.memory import estimate_memory
 from ..planning.units import parse_bytes
 from .predict import Predictor
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ..planning.options import Options
 
 PLENTY = 2
-"""Room for so many times the estimate, or a so many times too small, needs no better one.
+"""With room for so many times the estimate, or with so many times too little, no better one is needed.
 
 Where it says too much it was 1.5 times the prediction at most, over all rungs of SD1.5 and SDXL at several sizes.
 """

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_turbo.planning.memory import MARGIN, estimate_memory
+from diffusers_turbo.planning.estimate import MARGIN
+from diffusers_turbo.planning.memory import estimate_memory
 from diffusers_turbo.planning.options import (
     FusedQKV,
     GroupOffload,
