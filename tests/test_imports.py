@@ -88,8 +88,9 @@ MAY_IMPORT = {
     "switching": {"actions", "planning"},
     "looping": {"facts", "planning", "switching"},
     "algebra": {"planning", "switching"},
+    "easing": {"planning", "switching"},
     "compiling": {"actions", "planning", "switching"},
-    "mixin": {"actions", "algebra", "compiling", "copying", "looking", "looping", "planning"},
+    "mixin": {"actions", "algebra", "compiling", "copying", "easing", "looking", "looping", "planning"},
     # an architecture to predict for is built by the bench room, imported when one is named
     "prediction": {"actions", "attention", "bench", "errors", "facts", "planning"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "prediction", "verification"},
