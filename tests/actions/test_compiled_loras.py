@@ -10,16 +10,15 @@ from torch._dynamo.utils import counters
 
 from diffusers_turbo import TurboError
 from diffusers_turbo.parity import distance
-from tests import tiny
+from tests import dynamo, tiny
 from tests.compilation import micro
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
+    dynamo.reset()
     yield
-    torch._dynamo.reset()
+    dynamo.reset()
 
 
 def graphs() -> int:

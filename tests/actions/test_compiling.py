@@ -17,7 +17,7 @@ from diffusers_turbo.facts.components import read_component
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.options import CompileUNet
-from tests import tiny
+from tests import dynamo, tiny
 from tests.compilation import micro
 from tests.graphs.fake import FakeCapture
 from tests.state import differences, state_of
@@ -26,9 +26,9 @@ from tests.state import differences, state_of
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     """Compiled code of one test must not be another's."""
-    torch._dynamo.reset()
+    dynamo.reset()
     yield
-    torch._dynamo.reset()
+    dynamo.reset()
 
 
 def test_compiled_picture_is_exact_and_undo_gives_the_same_bits(tmp_path):

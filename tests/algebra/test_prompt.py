@@ -15,7 +15,7 @@ from diffusers_turbo.actions.prompt import PromptCall
 from diffusers_turbo.actions.stripes import State
 from diffusers_turbo.bench.tasks import for_task, task_inputs
 from diffusers_turbo.errors import NotSupportedError
-from tests import tiny
+from tests import dynamo, tiny
 from tests.algebra.changing import between_steps, lora_on, no_more_guidance
 from tests.compilation import micro
 from tests.controlled import controlled, controlled_picture
@@ -285,12 +285,12 @@ def test_refusals(make, found):
 
 @pytest.mark.slow
 def test_under_a_compiler_in_one_graph():
-    torch._dynamo.reset()
+    dynamo.reset()
     stock, ahead = twins(micro.sd)
     ahead.compile_unet(backend="eager", fullgraph=True)
     assert same_picture(stock, ahead)
     assert projected(ahead) == 1
-    torch._dynamo.reset()
+    dynamo.reset()
 
 
 def test_with_a_lora_loaded_before():

@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0, JointAttnProcessor2_0
 
 from diffusers_turbo.attention import SDPAAttnProcessor, attention_layers, layer_kind, read_layer, why_kept
-from tests import tiny
+from tests import dynamo, tiny
 from tests.attention.cases import MAKERS, every_gpu_processor, every_processor
 from tests.attention.reference import distance
 
@@ -158,7 +158,7 @@ def test_no_graph_break(name):
     for _ in range(rounds):
         for attn in attention_layers(model).values():
             attn.set_processor(next(makers)())
-        torch._dynamo.reset()
+        dynamo.reset()
         with torch.no_grad():
             found = torch._dynamo.explain(model)(**inputs, return_dict=False)
         assert found.break_reasons == []

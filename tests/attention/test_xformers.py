@@ -10,6 +10,7 @@ import torch
 
 from diffusers_turbo.attention import AttentionLayer, XFormersAttnProcessor, best_memory_efficient, xformers
 from diffusers_turbo.errors import MissingPackageError
+from tests import dynamo
 from tests.attention.cases import layer
 from tests.attention.reference import distance, reference
 
@@ -158,7 +159,7 @@ def test_the_best_memory_efficient_attention(monkeypatch, verdict, method):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [13, 40, 64, 160, 512])
 def test_the_real_kernels_work_on_a_gpu_compiled_too(dtype, head_dim):
-    torch._dynamo.reset()
+    dynamo.reset()
     assert xformers.trial(torch.device("cuda", 0), dtype, head_dim) is None
     attn = layer(dtype, "cuda", dim_head=head_dim, cross_attention_dim=16)
     wide = layer(torch.float32, "cuda", dim_head=head_dim, cross_attention_dim=16)
