@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..tiling.canvas import Canvas, Grid
-from ..tiling.exact import decode_in_tiles, refusal_of
+from ..tiling.exact import decode_in_tiles, largest_held, refusal_of
 from ..tiling.grid import Axis
 from ..tiling.statistics import poolable, shared_by
+from .held_pictures import HeldOnHost
 
 
 @dataclass(eq=False)
@@ -31,7 +32,10 @@ class TiledHalf:
     alone: bool = False
     """Whether the last call's tiles were normalised each by itself, since offload moves the norms' weights."""
 
-    trouble = "tiles were normalised each by itself, since offload moves the norms' weights one by one: seams may show"
+    def tell(self) -> list[str]:
+        """Say what became of the last call's tiles, where it is not what was asked for."""
+        apart = "tiles were normalised each by itself, since offload moves the norms' weights one by one"
+        return [f"{apart}: seams may show"] if self.alone else []
 
     def paint(self, network: nn.Module, inner: nn.Module | None, source: Tensor, *, decodes: bool) -> Tensor:
         """Run `network` (after `inner` when it decodes, before it otherwise) over the tiles of `source`."""
@@ -120,14 +124,21 @@ class ExactDecode:
     Attributes:
         vae: whose decoding it is.
         tile: side of a tile in pixels.
+        held: where pictures lie between layers; None: on the device.
         alone: whether the last call decoded as a whole, since offload moves the norms' weights.
     """
 
     vae: Any
     tile: int
+    held: HeldOnHost | None = None
     alone: bool = False
 
-    trouble = "the VAE decoded as a whole, since offload moves the norms' weights one by one"
+    def tell(self) -> list[str]:
+        """Say what became of the last call's tiles, where it is not what was asked for."""
+        told = ["the VAE decoded as a whole, since offload moves the norms' weights one by one"] if self.alone else []
+        if self.held is not None and self.held.trouble:
+            told.append(f"pictures wait in ordinary host memory, which is slower to copy: {self.held.trouble}")
+        return told
 
     def __call__(self, z: Tensor, return_dict: bool = True) -> Any:
         """Decode latents `[B, C, h, w]` to pictures `[B, 3, H, W]`."""
@@ -143,7 +154,10 @@ class ExactDecode:
         if self.alone:
             whole: Tensor = self.vae.decoder(z)
             return whole
-        return decode_in_tiles(self.vae.decoder, z, self.tile)
+        if self.held is None:
+            return decode_in_tiles(self.vae.decoder, z, self.tile)
+        with self.held.lent(z.device, largest_held(self.vae.decoder, z)) as memory:
+            return decode_in_tiles(self.vae.decoder, z, self.tile, memory.hold)
 
 
 @dataclass(eq=False)
@@ -168,8 +182,8 @@ class TilesDone:
         """Nothing to put back."""
 
     def tell(self) -> list[str]:
-        """Say where tiles did without the statistics of the whole picture, or were none."""
-        return list(dict.fromkeys(half.trouble for half in self.halves if half.alone))
+        """Say where tiles did without the statistics of the whole picture, were none, or slower than meant."""
+        return list(dict.fromkeys(sentence for half in self.halves for sentence in half.tell()))
 
 
 def takes_our_tiles(vae: Any) -> bool:

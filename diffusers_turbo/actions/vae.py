@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..planning.options import VAEExactTiling, VAESlicing, VAETiling
 from .components import component
+from .held_pictures import HeldOnHost
 from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode, takes_our_tiles, why_not_exact
 from .undo import Journal, journaling
 
@@ -56,14 +57,14 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
 
 def apply_exact_tiling(pipe: Any, options: VAEExactTiling) -> Journal:
     """Exact: decode in tiles that see as far as their layers look, with the group norms of the whole picture."""
-    tried = f"enable_vae_exact_tiling(tile_size={options.tile_size})"
+    tried = f"enable_vae_exact_tiling(tile_size={options.tile_size}, hold_on={options.hold_on!r})"
     vae = _vae_with(pipe, "enable_tiling", tried)
     if found := why_not_exact(vae):
         needed = "diffusers' AutoencoderKL with a decoder of plain residual blocks"
         raise NotSupportedError(explain_failure(tried, found, needed, "use enable_vae_tiling(), which is lossy"))
     step = _pixels_per_latent(vae)
     values = _tile_attributes(vae, options.tile_size, 0.0, step, tried)
-    decode = ExactDecode(vae, options.tile_size)
+    decode = ExactDecode(vae, options.tile_size, HeldOnHost() if options.hold_on == "host" else None)
     with journaling() as journal:
         _switch_on(journal, vae, values)
         _stand_in(journal, vae, decode, WholeEncode(vae))

@@ -1,20 +1,23 @@
-"""A decode in tiles that is the untiled one up to rounding, at the price of running each tile once for every norm.
+"""A decode in tiles that is the untiled one up to rounding, for about twice the work.
 
 Two things make tiles differ from the whole picture. A convolution sees zeros where the picture goes on: so each tile is
-cut out with as many pixels around it as its layers look far, and these are thrown away. A group norm sees a tile's
+cut out with as many rows around it as its layers look far, and these are thrown away. A group norm sees a tile's
 statistics in place of the picture's: so norms are settled one after the other, each from tiles that ran up to it with
 those before it settled, counting every pixel once.
 
-The decoder is cut into stretches between pictures that are held whole: before each doubling of the resolution, where
-they are small. Within a stretch only tiles are there.
+The decoder is cut into stretches, a residual block each, between which pictures are held whole: on the device, or in
+host memory, and then only tiles are on the device. A tile is a strip as wide as the picture: its rows are one piece of
+host memory where the channels of a pixel lie together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from math import ceil, sqrt
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,109 @@ from torch import Tensor, nn
 from .statistics import forwards, normed_by
 
 REFERENCE_CHANNELS = 256
-"""Tiles have the side that is asked for where there are so many channels, and a smaller one where there are more."""
+"""Tiles have the pixels that are asked for where there are so many channels, and fewer where there are more."""
+
+
+class Picture(Protocol):
+    """What a stretch begins or ends with, `[1, C, H, W]`."""
+
+    @property
+    def height(self) -> int:
+        """Its rows."""
+
+    @property
+    def width(self) -> int:
+        """Its columns."""
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Give rows `[1, C, last - first, W]` on the device."""
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Take rows from `first` on."""
+
+
+def has_channels_last(rows: Tensor) -> bool:
+    """Whether the channels of a pixel lie together, for rows of a picture `[1, C, H, W]`, which may be some of many."""
+    return rows.stride(1) == 1
+
+
+Hold = Callable[[Tensor, int], Picture]
+"""Makes an empty picture of so many rows, else like the given ones."""
+
+
+@dataclass(eq=False)
+class OnDevice:
+    """A picture that lies on the device."""
+
+    whole: Tensor
+
+    @classmethod
+    def like(cls, rows: Tensor, height: int) -> OnDevice:
+        """Make an empty one."""
+        layout = torch.channels_last if has_channels_last(rows) else torch.contiguous_format
+        size = (*rows.shape[:2], height, rows.shape[3])
+        return cls(torch.empty(size, dtype=rows.dtype, device=rows.device, memory_format=layout))
+
+    @property
+    def height(self) -> int:
+        """Its rows."""
+        return self.whole.shape[2]
+
+    @property
+    def width(self) -> int:
+        """Its columns."""
+        return self.whole.shape[3]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Give rows."""
+        return self.whole[:, :, first:last]
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Take rows."""
+        self.whole[:, :, first : first + rows.shape[2]] = rows
+
+
+@dataclass(eq=False)
+class OnHost:
+    """A picture that lies in host memory, page-locked where copies are to be queued as kernels are.
+
+    Attributes:
+        memory: `[H, W, C]`; on the meta device there is none, so that what is on the device is seen alone.
+        shape: of it.
+        device, dtype: of the rows that are given.
+        channels_last: whether they are given in that layout.
+    """
+
+    memory: Tensor | None
+    shape: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+
+    @property
+    def height(self) -> int:
+        """Its rows."""
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Its columns."""
+        return self.shape[1]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Copy rows to the device."""
+        if self.memory is None:
+            there = torch.empty(last - first, *self.shape[1:], dtype=self.dtype, device=self.device)
+        else:
+            there = self.memory[first:last].to(self.device, non_blocking=True)
+        rows = there.permute(2, 0, 1)[None]
+        return rows if self.channels_last else rows.contiguous()
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Copy rows to the host."""
+        there = rows[0].permute(1, 2, 0).contiguous()
+        if self.memory is not None:
+            self.memory[first : first + len(there)].copy_(there, non_blocking=True)
 
 
 class _Measured(Exception):
@@ -31,10 +136,17 @@ class _Measured(Exception):
 
 @dataclass(eq=False)
 class Settled:
-    """One group norm, measured over the tiles of a picture and then applied with what was measured."""
+    """One group norm, measured over the tiles of a picture and then applied with what was measured.
+
+    Attributes:
+        norm: the module.
+        own: which rows of the next tile are its own.
+        seen: for each tile how many pixels it has, and their mean and variance by channel.
+        per_channel: mean, variance, weight and bias to apply.
+    """
 
     norm: nn.GroupNorm
-    core: tuple[slice, slice] = (slice(None), slice(None))
+    own: slice = field(default_factory=lambda: slice(None))
     seen: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     per_channel: list[Tensor] = field(default_factory=list)
     wide: torch.dtype = torch.float32
@@ -42,7 +154,7 @@ class Settled:
     def measure(self, input: Tensor) -> Tensor:
         """Take the statistics of the tile's own pixels, and stop."""
         self.wide = torch.promote_types(input.dtype, torch.float32)
-        own = input[0, :, self.core[0], self.core[1]].to(self.wide)
+        own = input[0, :, self.own].to(self.wide)
         variance, mean = torch.var_mean(own, dim=(1, 2), correction=0)
         pooled_in = torch.float32 if input.device.type == "mps" else torch.float64  # which MPS does not know
         self.seen.append((own[0].numel(), mean.to(pooled_in), variance.to(pooled_in)))
@@ -69,68 +181,78 @@ class Settled:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """Rows of a picture from `top` to `bottom`, and from `first` to `last` with those that are looked at from there."""
+
+    top: int
+    bottom: int
+    first: int
+    last: int
+
+    def own(self, scale: int) -> slice:
+        """Where its own rows are in a result that has `scale` rows for one."""
+        return slice((self.top - self.first) * scale, (self.bottom - self.first) * scale)
+
+
+@dataclass(frozen=True)
 class Stretch:
     """Layers between two pictures that are held whole.
 
     Attributes:
         layers: in the order in which they work.
         norms: their group norms in that order.
-        scale: pixels of the result for one of the source, a side.
-        reach: how many pixels of the result around its own a tile needs.
         channels: at most of any picture inside.
+        scale: rows of the result for one of the source.
+        reach: how many rows of the result above and below its own a tile needs.
     """
 
     layers: tuple[Any, ...]
     norms: tuple[nn.GroupNorm, ...]
+    channels: int
     scale: int
     reach: int
-    channels: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run it whole."""
+        """Run it over rows, or a whole picture."""
         for layer in self.layers:
             x = layer(x, None) if hasattr(layer, "norm1") else layer(x)
         return x
 
-    def in_tiles(self, source: Tensor, side: int) -> Tensor:
-        """Run it over `[1, C, H, W]` in tiles of `side` pixels of the result."""
-        step = max(1, side // self.scale)
-        height, width = source.shape[2:]
-        if max(height, width) <= step:
-            return self(source)
-        places = [
-            (top, min(top + step, height), left, min(left + step, width))
-            for top in range(0, height, step)
-            for left in range(0, width, step)
-        ]
+    def in_tiles(self, source: Picture, tile: int, hold: Hold) -> Picture:
+        """Run it over a picture in tiles of `tile` x `tile` pixels of the result, or as many in another shape."""
+        strips = self.strips(source.height, source.width, tile)
+        if len(strips) == 1:
+            return OnDevice(self(source.rows(0, source.height)))
         settled = [Settled(norm) for norm in self.norms]
         for index, each in enumerate(settled):
             known: dict[nn.Module, Any] = {before.norm: before.apply for before in settled[:index]}
             with forwards({**known, each.norm: each.measure}):
-                for place in places:
-                    tile, each.core = self._cut(source, *place)
+                for strip in strips:
+                    each.own = strip.own(self.scale)
                     with suppress(_Measured):
-                        self(tile)
+                        self(source.rows(strip.first, strip.last))
             each.settle()
-        result: Tensor | None = None
+        result: Picture | None = None
         with forwards({each.norm: each.apply for each in settled}):
-            for top, bottom, left, right in places:
-                tile, core = self._cut(source, top, bottom, left, right)
-                painted = self(tile)[:, :, core[0], core[1]]
+            for strip in strips:
+                rows = self(source.rows(strip.first, strip.last))[:, :, strip.own(self.scale)]
                 if result is None:
-                    result = painted.new_empty(1, painted.shape[1], height * self.scale, width * self.scale)
-                result[:, :, top * self.scale : bottom * self.scale, left * self.scale : right * self.scale] = painted
-                del painted
+                    result = hold(rows, source.height * self.scale)
+                result.put(strip.top * self.scale, rows)
+                del rows
         assert result is not None
         return result
 
-    def _cut(self, source: Tensor, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, tuple[slice, slice]]:
-        halo = ceil(self.reach / self.scale)
-        first, start = max(0, top - halo), max(0, left - halo)
-        tile = source[:, :, first : bottom + halo, start : right + halo]
-        rows = slice((top - first) * self.scale, (bottom - first) * self.scale)
-        columns = slice((left - start) * self.scale, (right - start) * self.scale)
-        return tile, (rows, columns)
+    def strips(self, height: int, width: int, tile: int) -> list[Strip]:
+        """Cut a source into even strips."""
+        area = tile**2 * REFERENCE_CHANNELS / max(self.channels, REFERENCE_CHANNELS)
+        most = max(1, int(area / (width * self.scale**2)))
+        count = ceil(height / most)
+        borders = [height * index // count for index in range(count + 1)]
+        around = ceil(self.reach / self.scale)
+        return [
+            Strip(top, bottom, max(0, top - around), min(height, bottom + around)) for top, bottom in pairwise(borders)
+        ]
 
 
 def refusal_of(decoder: Any) -> str:
@@ -152,37 +274,52 @@ def refusal_of(decoder: Any) -> str:
 
 
 def stretches_of(decoder: Any) -> list[Stretch]:
-    """Cut what comes after a decoder's middle into stretches: an upsampling, and the residual blocks after it.
+    """Cut what comes after a decoder's middle into stretches: a residual block, and an upsampling before it.
 
-    A 3x3 convolution looks one pixel far, a residual block has two of them.
+    An upsampled picture is not held, for it is the largest there is. A 3x3 convolution looks one pixel far, a residual
+    block has two of them.
     """
     found: list[Stretch] = []
     upsampler: Any = None
     for block in decoder.up_blocks:
-        resnets = list(block.resnets)
-        layers = resnets if upsampler is None else [upsampler, *resnets]
-        found.append(
-            Stretch(
-                layers=tuple(layers),
-                norms=tuple(norm for resnet in resnets for norm in (resnet.norm1, resnet.norm2)),
-                scale=1 if upsampler is None else 2,
-                reach=2 * len(resnets) + (upsampler is not None),
-                channels=max(max(resnet.in_channels, resnet.out_channels) for resnet in resnets),
+        for resnet in block.resnets:
+            found.append(
+                Stretch(
+                    layers=(resnet,) if upsampler is None else (upsampler, resnet),
+                    norms=(resnet.norm1, resnet.norm2),
+                    channels=max(resnet.in_channels, resnet.out_channels),
+                    scale=1 if upsampler is None else 2,
+                    reach=2 if upsampler is None else 3,
+                )
             )
-        )
+            upsampler = None
         upsampler = block.upsamplers[0] if block.upsamplers else None
-    last = found.pop()
-    ends = (decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
-    return [
-        *found,
-        replace(last, layers=last.layers + ends, norms=(*last.norms, decoder.conv_norm_out), reach=last.reach + 1),
-    ]
+    norm: nn.GroupNorm = decoder.conv_norm_out
+    last = (norm, decoder.conv_act, decoder.conv_out)
+    return [*found, Stretch(layers=last, norms=(norm,), channels=norm.num_channels, scale=1, reach=1)]
 
 
-def decode_in_tiles(decoder: Any, z: Tensor, tile: int) -> Tensor:
-    """Decode `[1, C, h, w]` to a picture `[1, 3, H, W]`, the untiled one up to rounding, in tiles of `tile` pixels."""
-    x: Tensor = decoder.mid_block(decoder.conv_in(z), None)
-    for stretch in stretches_of(decoder):
-        side = int(tile * sqrt(REFERENCE_CHANNELS / max(stretch.channels, REFERENCE_CHANNELS))) // 8 * 8
-        x = stretch.in_tiles(x, max(8, side))
-    return x
+def largest_held(decoder: Any, z: Tensor) -> int:
+    """Return the bytes of the largest picture between stretches, for latents `[1, C, h, w]`."""
+    scale = most = 1
+    for stretch in stretches_of(decoder)[:-1]:
+        scale *= stretch.scale
+        most = max(most, scale**2 * stretch.layers[-1].out_channels)
+    return most * z[0, 0].nbytes
+
+
+def decode_in_tiles(decoder: Any, z: Tensor, tile: int, hold: Hold = OnDevice.like) -> Tensor:
+    """Decode `[1, C, h, w]` to a picture `[1, 3, H, W]`, the untiled one up to rounding.
+
+    Args:
+        decoder: of an AutoencoderKL.
+        z: latents, past the convolution after quantisation.
+        tile: side of a square in pixels of which a tile has as many, where the decoder has 256 channels.
+        hold: makes the pictures between stretches.
+    """
+    picture: Picture = OnDevice(decoder.mid_block(decoder.conv_in(z), None))
+    *stretches, last = stretches_of(decoder)
+    for stretch in stretches:
+        picture = stretch.in_tiles(picture, tile, hold)
+    whole = last.in_tiles(picture, tile, OnDevice.like)
+    return whole.rows(0, whole.height)

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions.tiled_calls import TiledDecode
+from diffusers_turbo.actions.held_pictures import HeldOnHost
+from diffusers_turbo.actions.page_locked import Slab
+from diffusers_turbo.actions.tiled_calls import ExactDecode, TiledDecode
 from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.parity import distance
 from diffusers_turbo.tiling import exact
-from diffusers_turbo.tiling.exact import Settled, decode_in_tiles, stretches_of
+from diffusers_turbo.tiling.exact import Settled, has_channels_last, largest_held, stretches_of
+from diffusers_turbo.tiling.statistics import normed_by
 from tests import seams, tiny
 from tests.state import differences, state_of
 
@@ -32,15 +35,74 @@ def psnr(ours, theirs):
     return distance(ours / 2, theirs / 2).psnr_db
 
 
-def decoded(vae, latents, tile):
+def decoded(vae, latents, tile, hold_on="device"):
     with torch.no_grad():
-        return decode_in_tiles(vae.decoder, vae.post_quant_conv(latents), tile)
+        return ExactDecode(vae, tile, HeldOnHost() if hold_on == "host" else None)(latents).sample
 
 
+@pytest.mark.parametrize("hold_on", ["device", "host"])
 @pytest.mark.parametrize("tile", [32, 72, 128, 512])
-def test_tiles_of_any_size_give_the_untiled_picture(emoji, tile):
+def test_tiles_of_any_size_give_the_untiled_picture(emoji, tile, hold_on):
     vae, latents, untiled = emoji
-    assert psnr(decoded(vae, latents, tile), untiled) > 130
+    assert psnr(decoded(vae, latents, tile, hold_on), untiled) > 130
+
+
+@pytest.mark.parametrize("hold_on", ["device", "host"])
+def test_tiles_are_laid_out_as_the_middle_leaves_them(emoji, hold_on, monkeypatch):
+    vae, latents, untiled = emoji
+    seen = set()
+
+    def apply(self, input):
+        seen.add(has_channels_last(input))
+        return normed_by(self.per_channel, input, self.norm.eps)
+
+    monkeypatch.setattr(Settled, "apply", apply)
+    assert psnr(decoded(vae, latents, 64, hold_on), untiled) > 130
+    assert seen == {False}
+    seen.clear()
+    vae.to(memory_format=torch.channels_last)
+    try:
+        assert psnr(decoded(vae, latents, 64, hold_on), untiled) > 130
+    finally:
+        vae.to(memory_format=torch.contiguous_format)
+    assert seen == {True}
+
+
+def test_memory_of_the_host_serves_the_next_decode_and_two_at_once(emoji):
+    vae, latents, _ = emoji
+    decode = ExactDecode(vae, 64, HeldOnHost())
+    with torch.inference_mode():
+        first = decode(latents).sample
+    slabs = list(decode.held._free[0].slabs)
+    # three levels of 24x32 latents: 64, 32 and 16 channels
+    assert {len(slab) for slab in slabs} == {largest_held(vae.decoder, latents)}
+    with torch.no_grad():
+        assert torch.equal(decode(latents).sample, first)
+        assert set(map(id, decode.held._free[0].slabs)) == set(map(id, slabs))
+        with decode.held.lent(latents.device, 0):
+            assert torch.equal(decode(latents).sample, first)
+        assert len(decode.held._free) == 2
+        # a larger picture has larger ones
+        decode(latents.repeat(1, 1, 2, 1))
+    assert max(len(slab) for slab in decode.held._free[-1].slabs) == 2 * len(slabs[0])
+
+
+@pytest.mark.parametrize(
+    "why", ["the system refused: no", "half of what is free of host memory is less than a picture"]
+)
+def test_where_pages_cannot_be_locked_it_says_so(monkeypatch, why):
+    def refuse(slab, device):
+        raise RuntimeError("no")
+
+    pipe = turbo(tiny.sd())
+    stock = tiny.picture(pipe, height=96, width=96)
+    monkeypatch.setattr("diffusers_turbo.actions.held_pictures.can_pin", lambda device: True)
+    monkeypatch.setattr(Slab, "lock", refuse)
+    if why.startswith("half"):
+        monkeypatch.setattr("diffusers_turbo.actions.held_pictures.host_memory", lambda: (2**30, 2**10))
+    pipe.enable_vae_exact_tiling(tile_size=32, hold_on="host")
+    assert psnr(tiny.picture(pipe, height=96, width=96), stock) > 120
+    assert f"pictures wait in ordinary host memory, which is slower to copy: {why}" in str(pipe.turbo_report())
 
 
 def test_lossy_tiles_and_wrong_variants_are_far_from_it(emoji, monkeypatch):
@@ -48,9 +110,9 @@ def test_lossy_tiles_and_wrong_variants_are_far_from_it(emoji, monkeypatch):
     vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor = 8, 64, 0.25
     with torch.no_grad():
         assert psnr(TiledDecode(vae, 8)(latents).sample, untiled) < 60
-    short = [dataclasses.replace(each, reach=each.reach - 2) for each in stretches_of(vae.decoder)]
+    short = [dataclasses.replace(each, reach=each.reach - 1) for each in stretches_of(vae.decoder)]
     with monkeypatch.context() as patch:
-        patch.setattr(exact, "stretches_of", lambda decoder: short)  # tiles that see two pixels too few
+        patch.setattr(exact, "stretches_of", lambda decoder: short)  # tiles that see a pixel too few
         assert psnr(decoded(vae, latents, 64), untiled) < 90
     settle = Settled.settle
 
@@ -81,10 +143,11 @@ def test_settled_statistics_are_those_of_the_whole(dtype):
     assert torch.allclose(settled.apply(picture), norm(picture), atol=tolerance, rtol=tolerance)
 
 
-def test_the_switch_decodes_pictures_above_a_tile_and_is_undone():
+@pytest.mark.parametrize("hold_on", ["device", "host"])
+def test_the_switch_decodes_pictures_above_a_tile_and_is_undone(hold_on):
     pipe = turbo(tiny.sd())
     stock, before = tiny.picture(pipe, batch=2, height=96, width=128), state_of(pipe)
-    pipe.enable_vae_exact_tiling(tile_size=32)
+    pipe.enable_vae_exact_tiling(tile_size=32, hold_on=hold_on)
     assert psnr(tiny.picture(pipe, batch=2, height=96, width=128), stock) > 120
     report = pipe.turbo_report()
     assert report.exact
@@ -117,13 +180,13 @@ def test_it_takes_the_place_of_lossy_tiles_and_gives_it_back():
     ],
     ids=lambda switches: "+".join(name for name, _ in switches),
 )
-@pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
-def test_beside_other_switches(make, switches):
+@pytest.mark.parametrize(("make", "hold_on"), [(tiny.sd, "device"), (tiny.sdxl, "device"), (tiny.sdxl, "host")])
+def test_beside_other_switches(make, hold_on, switches):
     pipe = turbo(make())
     stock = tiny.picture(pipe, height=96, width=96)
     for action, given in switches:
         getattr(pipe, action)(**given)
-    pipe.enable_vae_exact_tiling(tile_size=32)
+    pipe.enable_vae_exact_tiling(tile_size=32, hold_on=hold_on)
     for _ in range(2):
         assert psnr(tiny.picture(pipe, height=96, width=96), stock) > 90
     assert "as a whole" not in str(pipe.turbo_report())
@@ -164,7 +227,8 @@ def test_encoding_stays_whole():
         assert torch.equal(vae.encode(picture).latent_dist.mean, whole)
 
 
-def test_a_tile_is_all_that_is_there():
+@pytest.mark.parametrize(("hold_on", "share"), [("device", 2), ("host", 4)])
+def test_a_tile_is_all_that_is_there(hold_on, share):
     """Of activations, counted on the CPU, beside the pictures between stretches."""
     vae = tiny.vae()
     latents = torch.zeros(1, 4, 64, 64)
@@ -177,14 +241,16 @@ def test_a_tile_is_all_that_is_there():
     # the middle's attention is over the whole picture
     vae.decoder.mid_block.attentions[0] = None
     whole = peak(lambda: vae.decode(latents))
-    tiled = [peak(lambda tile=tile: decoded(vae, latents, tile)) for tile in (256, 128, 64)]
+    tiled = [peak(lambda tile=tile: decoded(vae, latents, tile, hold_on)) for tile in (256, 128, 64)]
     assert sorted(tiled, reverse=True) == tiled
-    assert tiled[-1] < whole / 3
+    assert tiled[-1] < whole / share
 
 
 def test_autoencoders_it_does_not_know_are_refused():
     pipe = turbo(tiny.sd())
     pipe.vae.decoder.conv_norm_out = nn.Identity()
-    with pytest.raises(NotSupportedError, match=r"enable_vae_exact_tiling\(tile_size=256\): found a Identity"):
+    with pytest.raises(
+        NotSupportedError, match=r"enable_vae_exact_tiling\(tile_size=256, hold_on='device'\): found a Identity"
+    ):
         pipe.enable_vae_exact_tiling()
     assert not pipe.vae.use_tiling

@@ -47,20 +47,26 @@ class VAETiling(Options):
             raise self._refuse("overlap", "a fraction from 0 to 0.5 of the tile", "use 0.25, or leave overlap out")
 
 
+HELD_ON = ("device", "host")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAEExactTiling(Options):
     """Decode each picture in tiles that see as far as their layers look, with the group norms of the whole picture.
 
-    `tile_size` in pixels of the picture's side, where the decoder has 256 channels; smaller where it has more.
+    `tile_size` in pixels: the side of a square with as many pixels as a tile, where the decoder has 256 channels.
+    `hold_on` says where whole pictures wait between two layers: on the "device", or in memory of the "host".
     """
 
     action = "enable_vae_exact_tiling"
     slot = "vae_tiling"
 
     tile_size: int = 256
+    hold_on: str = "device"
 
     def __post_init__(self) -> None:
         self._check_positive("tile_size", multiple_of=8)
+        self._check_choice("hold_on", HELD_ON)
 
 
 @dataclass(frozen=True, kw_only=True)
