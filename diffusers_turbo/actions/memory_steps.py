@@ -11,7 +11,7 @@ import torch
 from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline, upcasts_vae
 from ..planning.conflicts import conflicts_between
-from ..planning.fitting import TILE_SIZES
+from ..planning.fitting import EXACT_TILES, TILE_SIZES
 from ..planning.memory import holds_scores
 from ..planning.options import (
     CUDAGraphs,
@@ -27,9 +27,9 @@ from ..planning.options import (
     VAETiling,
     VAEUpcastCopy,
 )
+from ..tiling.hosts import decodes_in_exact_tiles
 from .components import modules_of
 from .ledger import Ledger
-from .tiled_calls import decodes_in_exact_tiles
 
 HOLD_MEMORY = (CUDAGraphs, VAEUpcastCopy)
 """Switches for speed that hold memory of their own: pools of graphs, copies of weights."""
@@ -66,19 +66,36 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
     vae = modules_of(pipe).get("vae") if component == "vae" else None
     if vae is not None and batch_size > 1 and hasattr(vae, "enable_slicing") and not getattr(vae, "use_slicing", True):
         yield _step(ledger, VAESlicing(), alone=False)
-    untiled = not getattr(vae, "use_tiling", False)
-    if untiled and side > VAEExactTiling().tile_size and vae is not None and decodes_in_exact_tiles(vae):
-        yield _step(ledger, VAEExactTiling(), alone=False)
+    for exact_tiles in _exact_tiles(vae, ledger):
+        if side > exact_tiles.tile_size:
+            yield _step(ledger, exact_tiles, alone=False)
     if component == "unet" and _holds_scores(pipe, ledger):
         yield _step(ledger, SlicedAttention(slice_size="max"))
     for offload in _offloads(pipe, ledger):
-        yield _step(ledger, offload)
+        # what moves the norms' weights one by one would leave nothing of exact tiles
+        if vae is None or _in_exact_tiles(ledger) is None or isinstance(offload, ModelOffload):
+            yield _step(ledger, offload)
     if tiling and vae is not None and hasattr(vae, "enable_tiling"):
-        exact = any(isinstance(lever.options, VAEExactTiling) for lever in ledger.in_force())
-        now = side if untiled or exact else getattr(vae, "tile_sample_min_size", 0)
+        lossy = getattr(vae, "use_tiling", False) and not _in_exact_tiles(ledger)
+        now = getattr(vae, "tile_sample_min_size", 0) if lossy else side
         for size in TILE_SIZES:
             if size < min(now, side):
                 yield _step(ledger, VAETiling(tile_size=size), alone=False)
+
+
+def _exact_tiles(vae: Any, ledger: Ledger) -> Iterator[VAEExactTiling]:
+    """Iterate over the exact tiles that hold less of the VAE's pictures on the device than what is on."""
+    now = _in_exact_tiles(ledger)
+    if vae is None or not decodes_in_exact_tiles(vae) or (now is None and vae.use_tiling):
+        return
+    for options in EXACT_TILES:
+        if now is None or (options.hold_on, -options.tile_size) > (now.hold_on, -now.tile_size):
+            yield options
+
+
+def _in_exact_tiles(ledger: Ledger) -> VAEExactTiling | None:
+    lever = ledger.top(VAEExactTiling.slot)
+    return lever.options if lever is not None and isinstance(lever.options, VAEExactTiling) else None
 
 
 def _step(ledger: Ledger, options: Options, *, alone: bool = True) -> Step:

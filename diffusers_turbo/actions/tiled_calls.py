@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tiling.canvas import Canvas, Grid
-from ..tiling.exact import decode_in_tiles, largest_held, refusal_of
+from ..tiling.exact import decode_in_tiles, largest_held
 from ..tiling.grid import Axis
 from ..tiling.statistics import poolable, shared_by
 from .held_pictures import HeldOnHost
@@ -184,23 +184,3 @@ class TilesDone:
     def tell(self) -> list[str]:
         """Say where tiles did without the statistics of the whole picture, were none, or slower than meant."""
         return list(dict.fromkeys(sentence for half in self.halves for sentence in half.tell()))
-
-
-def takes_our_tiles(vae: Any) -> bool:
-    """Whether this is diffusers' AutoencoderKL with its own tiling, which ours can stand in for."""
-    from diffusers import AutoencoderKL
-
-    names = ("tiled_decode", "_tiled_encode", "_decode", "_encode")
-    return isinstance(vae, AutoencoderKL) and all(
-        getattr(type(vae), name, None) is getattr(AutoencoderKL, name, False) for name in names
-    )
-
-
-def why_not_exact(vae: Any) -> str:
-    """Say why `ExactDecode` cannot stand in for its tiled decoding; empty where it can."""
-    return refusal_of(vae.decoder) if takes_our_tiles(vae) else f"a {type(vae).__name__}"
-
-
-def decodes_in_exact_tiles(vae: Any) -> bool:
-    """Whether `ExactDecode` can stand in, and would not decode as a whole with the weights where they are now."""
-    return not why_not_exact(vae) and bool(poolable(vae.decoder))

@@ -13,9 +13,10 @@ from torch import nn
 
 from ..errors import InvalidOptionError, NotSupportedError, explain_failure
 from ..planning.options import VAEExactTiling, VAESlicing, VAETiling
+from ..tiling.hosts import takes_our_tiles, why_not_exact
 from .components import component
 from .held_pictures import HeldOnHost
-from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode, takes_our_tiles, why_not_exact
+from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode
 from .undo import Journal, journaling
 
 DEFAULT_TILE = 512

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..tiling.hosts import decodes_in_exact_tiles
+
 _EXTRAS = (
     *("class_embed_type", "num_class_embeds", "time_embedding_act_fn", "time_cond_proj_dim", "addition_embed_type"),
     *("encoder_hid_dim", "encoder_hid_dim_type", "resnet_skip_time_act"),
@@ -92,6 +94,7 @@ class VAEFacts:
         sample_size: pixels per side that it was made for; stock tiling starts above it.
         force_upcast: whether it decodes in float32 when its weights are float16 (SDXL).
         can_tile, can_slice: whether its class implements tiling and slicing.
+        can_tile_exactly: whether it decodes in tiles that give the untiled picture.
         tiling, slicing: whether they are on already.
     """
 
@@ -101,6 +104,7 @@ class VAEFacts:
     sample_size: int | None = None
     force_upcast: bool = False
     can_tile: bool = False
+    can_tile_exactly: bool = False
     can_slice: bool = False
     tiling: bool = False
     slicing: bool = False
@@ -165,6 +169,7 @@ def read_vae(module: Any, *, upcasts: bool) -> VAEFacts:
         force_upcast=upcasts and bool(config.get("force_upcast", False)),
         # since diffusers 0.40 every autoencoder has the methods; the flag tells whether there is code behind them
         can_tile=hasattr(module, "use_tiling"),
+        can_tile_exactly=decodes_in_exact_tiles(module),
         can_slice=hasattr(module, "use_slicing"),
         tiling=bool(getattr(module, "use_tiling", False)),
         slicing=bool(getattr(module, "use_slicing", False)),

@@ -32,6 +32,14 @@ TILE_SIZES = (512, 256)
 """Sides of tiles in pixels, the larger first: fewer borders. 256 is the smallest at which the KL autoencoder's group
 norms still see a picture's worth of context; stock tiling uses the model's own 512 or 1024."""
 
+EXACT_TILES = (
+    VAEExactTiling(),
+    VAEExactTiling(hold_on="host"),
+    VAEExactTiling(tile_size=128, hold_on="host"),
+)
+"""Tiles that give the untiled picture, each with less on the device than the one before: half as large ones take a
+quarter of the room, until a picture at the latents' resolution takes more, and more of each tile is not its own."""
+
 AMPLE = 0.8
 """Up to this share of the usable memory a plan counts as one with room to spare."""
 
@@ -56,10 +64,21 @@ class Rung:
         return max((TILE_SIZES[-1] / size for size in sizes if size), default=0.0)
 
     @property
+    def fineness(self) -> int:
+        """How far it goes in exact tiles; 0 without."""
+        return next((1 + place for place, tiles in enumerate(EXACT_TILES) if tiles in self.options), 0)
+
+    @property
     def stints(self) -> bool:
         """Whether partial offload does without what takes room: components that come whole, or prefetching."""
         offloads = [option for option in self.options if isinstance(option, PartialOffload)]
         return any(bool(option.alone) or not option.prefetch for option in offloads)
+
+    @property
+    def crawls(self) -> bool:
+        """Whether the denoiser waits for its weights, which are not copied ahead."""
+        waits = any(isinstance(option, PartialOffload) and not option.prefetch for option in self.options)
+        return waits or self.has(GroupOffload) or self.has(SequentialOffload)
 
     @property
     def streams(self) -> bool:
@@ -93,18 +112,20 @@ class Rung:
 class Estimated:
     """A rung with what it is estimated to need, margin included, and what it adds to a call's time at most.
 
-    `added_seconds` holds `missed_seconds`, those of the instant tier where the rung does without it.
+    `added_seconds` holds `missed_seconds`, those of the instant tier where the rung does without it, and
+    `tiling_seconds`, those of exact tiles.
     """
 
     rung: Rung
     needed_bytes: int
     added_seconds: float = 0.0
     missed_seconds: float = 0.0
+    tiling_seconds: float = 0.0
 
     @property
     def moving_seconds(self) -> float:
         """What moving weights adds."""
-        return self.added_seconds - self.missed_seconds
+        return self.added_seconds - self.missed_seconds - self.tiling_seconds
 
     @property
     def exact(self) -> bool:
@@ -147,6 +168,11 @@ def make_ladder(situation: Situation, *, attention_holds_scores: bool, has_tier:
     ladder = [Rung(lean=False), *(Rung(options=options) for options in exact)]
     moving = (*_wholes(situation), *offloads) if offloads else ()
     ladder += _with_and_without_graphs(thrifty, moving, has_tier=has_tier)
+    for exact_tiles in _exact_tiles(situation):
+        # what moves the norms' weights one by one leaves it whole
+        beside = [option for option in moving if isinstance(option, (ModelOffload, PartialOffload))]
+        ladder += [Rung(options=(*thrifty, exact_tiles), lean=lean) for lean in (False, True)]
+        ladder += _with_and_without_graphs((*thrifty, exact_tiles), beside, has_tier=has_tier)
     if not situation.request.exact:
         for tile_size in _tile_sizes(situation):
             tiled = (*thrifty, VAETiling(tile_size=tile_size))
@@ -179,6 +205,13 @@ def _tile_sizes(situation: Situation) -> tuple[int, ...]:
     if vae is None or not vae.can_tile or vae.tiling:
         return ()
     return tuple(size for size in TILE_SIZES if size < max(situation.height, situation.width))
+
+
+def _exact_tiles(situation: Situation) -> tuple[VAEExactTiling, ...]:
+    vae = situation.pipeline.vae
+    if vae is None or not vae.can_tile_exactly or vae.tiling:
+        return ()
+    return tuple(tiles for tiles in EXACT_TILES if tiles.tile_size < max(situation.height, situation.width))
 
 
 def _wholes(situation: Situation) -> tuple[Options, ...]:
@@ -297,9 +330,13 @@ def _trouble(option: Options, situation: Situation) -> str | None:
             return f"{vae.class_name} can't decode in slices."
         return "A batch of one picture has nothing to slice." if situation.request.batch_size == 1 else None
     if isinstance(option, VAEExactTiling):
-        if vae.class_name != "AutoencoderKL":
-            return f"A {vae.class_name} is not known to it."
-        return "Plans do not weigh it: how much longer it takes was not measured on a GPU yet. Call it yourself."
+        if not vae.can_tile_exactly:
+            return f"This {vae.class_name} is not known to it, or its weights come and go layer by layer."
+        if vae.tiling:
+            return "The VAE decodes in tiles already."
+        if not _exact_tiles(situation):
+            return f"A picture of {situation.width}x{situation.height} fits into one tile."
+        return None
     if vae.tiling:
         return "It is on already."
     if not vae.can_tile:
@@ -324,8 +361,11 @@ def _why_taken(
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
-    long = chosen.moving_seconds >= 0.1
-    time = f"{chosen.moving_seconds:.1f} s" if long else f"{1000 * chosen.moving_seconds:.0f} ms"
+    if isinstance(option, VAEExactTiling):
+        where = "pictures between its layers wait in host memory" if option.hold_on == "host" else "pictures stay there"
+        work = f"about twice the work of a decode, {_seconds(chosen.tiling_seconds)} at the rates of an H100"
+        return f"The untiled picture from tiles; {where}: the pipeline {numbers}. It takes {work}."
+    time = _seconds(chosen.moving_seconds)
     seconds = f"up to {time} to a call of {situation.request.steps} steps at the bus rates of an H100"
     if isinstance(option, PartialOffload):
         meanwhile = "leave while other components work" if option.denoiser_leaves else "stay between pictures too"
@@ -342,6 +382,10 @@ def _why_taken(
             f"{meanwhile}; the rest is copied at every step, which adds {seconds}{hidden}{alone}."
         )
     return f"The pipeline {numbers}. Moving its weights adds {seconds}."
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
 
 
 def _cheapest_without(option: Options, tried: Sequence[Estimated], chosen: Estimated) -> int:

@@ -59,6 +59,8 @@ _SCORE_COPIES = 2
 _NAIVE_SHARE = 0.43
 # A decoder's resnet at its widest level holds input, norm and SiLU: 384 MiB at 512 and 1536 at 1024 on meta.
 _DECODER_TENSORS = 3
+# Before the blocks that raise the resolution, its attention holds the picture, queries, keys, values and results.
+_MIDDLE_TENSORS = 8
 # cuDNN's workspace, as a share of the decoder's live tensors: measured 0.585 in NCHW for one, two and four pictures at
 # 512 to 2048 (0.335 for eight, which is not relied upon), and 0.335 in channels-last.
 _NCHW_WORKSPACE = 0.585
@@ -66,7 +68,7 @@ _CHANNELS_LAST_WORKSPACE = 0.335
 # A CLIP or T5 encoder's activations are small beside its weights; an allowance for 512 tokens.
 _ENCODE_BYTES = 64 * MIB
 # The KL autoencoder of every Stable Diffusion, for autoencoders whose config says nothing.
-_DEFAULT_DECODER = (128, 256, 512, 512)
+DEFAULT_DECODER = (128, 256, 512, 512)
 
 ENCODER_ROLES = ("text_encoder", "image_encoder")
 """Roles of the components that are called before the loop."""
@@ -231,17 +233,20 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
         else:
             # rows of finished tiles, the blended rows, and the picture they are joined into
             pictures = 3 * 3 * height * width * item_bytes * at_once
-    channels = facts.vae.block_out_channels or _DEFAULT_DECODER
+    channels = facts.vae.block_out_channels or DEFAULT_DECODER
+    widest = max(area / 4**level * channels[min(level + 1, len(channels) - 1)] for level in range(len(channels)))
+    middle = 0
     if isinstance(exact := switches.get(VAEExactTiling), VAEExactTiling) and max(height, width) > exact.tile_size:
-        # what is held whole between two stretches, and tiles with what is around them
         at_once = 1
-        held = sum(channels[min(level, len(channels) - 1)] / 4**level for level in (1, 2))
-        pictures = int(held * height * width * item_bytes)
-        area = min(area, (exact.tile_size + _AROUND_A_TILE) ** 2)
+        # the pictures before and after the last layers, and a tile of these; or a tile where an upsampling widens it
+        level = 0 if exact.hold_on == "device" else min(1, len(channels) - 1)
+        pictures = 2 * channels[0] * height * width * item_bytes if exact.hold_on == "device" else 0
+        widest = min(widest, channels[level] * exact.tile_size**2)
+        middle = _MIDDLE_TENSORS * channels[-1] * height * width // 4 ** (len(channels) - 1) * item_bytes
+    live = int(_DECODER_TENSORS * widest * at_once * item_bytes)
+    pictures += max(0, middle - live - pictures)
     if at_once < batch_size:
         pictures += 3 * height * width * item_bytes * batch_size
-    widest = max(area / 4**level * channels[min(level + 1, len(channels) - 1)] for level in range(len(channels)))
-    live = int(_DECODER_TENSORS * widest * at_once * item_bytes)
     share = _CHANNELS_LAST_WORKSPACE if ChannelsLast in switches else _NCHW_WORKSPACE
     return StageMemory(
         stage="decode",
@@ -249,10 +254,6 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
         activation_bytes=live + pictures,
         workspace_bytes=int(live * share) + FIXED_BYTES,
     )
-
-
-_AROUND_A_TILE = 16
-"""Pixels that an exact tile is larger than its own, both sides together."""
 
 
 def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:

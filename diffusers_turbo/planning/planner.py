@@ -34,7 +34,7 @@ from .speed import (
     sm_text,
 )
 from .tiers import Tier, judge_tier, settle_tier
-from .timing import STEPS, added_seconds, missed_seconds, moves_weights
+from .timing import STEPS, added_seconds, missed_seconds, moves_weights, tiling_seconds
 from .units import gib
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def make_plan(
             continue  # neither as exact as what fits, nor free
         # of those that fit, the ones with graphs if this rung has some
         alike = [item for item in fitting if rung.lean or not item.missed_seconds]
+        if any(item.exact and item.rung.fineness < rung.fineness and not item.rung.crawls for item in alike):
+            continue  # tiles are no use, or none so small
         if rung.stints and any(item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in alike):
             continue  # nothing needs to be stinted of where one fits that does not
         if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
@@ -171,12 +173,14 @@ class _Draft:
 
     def summary(self, situation: Situation) -> Estimated:
         facts, steps = situation.pipeline, situation.request.steps
+        pixels = situation.height * situation.width * situation.request.batch_size
         missed = missed_seconds(facts, steps) if self.tier.name is None and _has_tier(situation) else 0.0
         return Estimated(
             rung=self.rung,
             needed_bytes=self.estimate.needed_bytes,
-            added_seconds=added_seconds(facts, self.rung.options, steps) + missed,
+            added_seconds=added_seconds(facts, self.rung.options, steps, pixels=pixels) + missed,
             missed_seconds=missed,
+            tiling_seconds=tiling_seconds(facts, self.rung.options, pixels),
         )
 
 

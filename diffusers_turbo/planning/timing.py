@@ -7,28 +7,77 @@ and GPU; elsewhere the order of the switches holds rather than the seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..facts.pipeline import PipelineFacts
 from . import gains
-from .options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload
+from .memory import DEFAULT_DECODER
+from .options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload, VAEExactTiling
 
 STEPS = 30
 """Denoising steps of the call that is meant, where nobody says how many."""
 
 
-def added_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int = STEPS) -> float:
-    """Return the seconds that memory switches add at most to one call, whatever its batch.
+EXACT_TILES_WORK = 2.0
+"""Exact tiles compute so many times what a decode does, by the operations of SD's and SDXL's decoders at 512 to 2048
+pixels; counted in `tests/actions/test_exact_tiles.py`."""
+
+BLOCKS = 3
+"""Residual blocks of each of a decoder's levels."""
+
+
+def added_seconds(
+    facts: PipelineFacts, options: Iterable[Options], steps: int = STEPS, *, pixels: int | None = None
+) -> float:
+    """Return the seconds that memory switches add at most to one call that decodes so many pixels.
+
+    By default those of one picture of the model's own size.
 
     >>> round(OFFLOAD_RATES["enable_model_cpu_offload"] / 1e9, 1)
     4.9
     """
     whole, denoiser = facts.parameter_bytes, facts.denoiser_facts.parameter_bytes
-    return sum(
+    options = tuple(options)
+    moving = sum(
         moved / OFFLOAD_RATES[by]
         for option in options
         for by, moved in _moved_bytes(option, whole, denoiser, steps).items()
     )
+    pixels = facts.default_height * facts.default_width if pixels is None else pixels
+    return moving + tiling_seconds(facts, options, pixels)
+
+
+def tiling_seconds(facts: PipelineFacts, options: Iterable[Options], pixels: int) -> float:
+    """Return the seconds that exact tiles add to the decode of so many pixels."""
+    option = next((option for option in options if isinstance(option, VAEExactTiling)), None)
+    part = facts.component("vae")
+    if option is None or part is None or facts.vae is None:
+        return 0.0
+    wide = part.dtype == "float32" or (facts.vae.force_upcast and part.dtype == "float16")
+    seconds = gains.DECODE_SECONDS["float32" if wide else "float16"] * pixels / gains.DECODE_PIXELS
+    added = seconds * (EXACT_TILES_WORK - 1)
+    if option.hold_on == "host":
+        held = held_elements(facts.vae.block_out_channels or DEFAULT_DECODER) * (4 if wide else 2)
+        added += held * pixels / gains.COPY_RATES["page-locked"]
+    return added
+
+
+def held_elements(channels: Sequence[int]) -> float:
+    """Return how many numbers go between device and host for each pixel of a picture that is held there.
+
+    A residual block reads the picture before it once for each of its two norms and once to run, and writes its own;
+    the last layers read it twice.
+
+    >>> held_elements([128])
+    1792.0
+    """
+    total = 2.0 * channels[0]
+    below = channels[-1] / 4 ** (len(channels) - 1)
+    for level in reversed(range(len(channels))):
+        own = channels[level] / 4**level
+        total += 3 * below + own + (BLOCKS - 1) * 4 * own
+        below = own
+    return total
 
 
 def missed_seconds(facts: PipelineFacts, steps: int = STEPS) -> float:

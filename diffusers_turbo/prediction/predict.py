@@ -26,7 +26,8 @@ from ..planning.request import Request, settle
 from .allocator import Allocator
 from .calling import PipelineCall
 from .inputs import Picture, prompt_tokens
-from .recording import Marks, Recording, SameAgain
+from .recording import Marks, Recording
+from .repeating import shorten
 from .replay import Peak, Replay
 from .residency import ByShare, Weights, marked_paths, read_weights, residency_of
 from .result import MemoryPrediction, StagePeak
@@ -194,7 +195,7 @@ class Predictor:
             roles = {part.name: part.role for part in skeleton.facts.components}
             encoders.update((name, root) for name, root in fresh.items() if roles.get(name) in ENCODER_ROLES)
             if (vae := skeleton.modules.get("vae")) is not None:
-                _shorten(vae, self._marks)
+                shorten(vae, self._marks)
             if widened := widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
                 # past diffusers' own `to`, which warns of modules that it would keep
                 nn.Module.to(skeleton.modules["vae"], torch.float32)
@@ -334,17 +335,6 @@ def _architecture(name: str, dtype: str) -> Any:
     from ..bench.architectures import build
 
     return build(name, dtype=getattr(torch, dtype), device="meta")
-
-
-def _shorten(vae: nn.Module, marks: Marks) -> None:
-    """Have tiles of one shape run once, and leave their borders unblended: that goes row by row, in place."""
-    for half in (getattr(vae, name, None) for name in ("encoder", "decoder")):
-        if isinstance(half, nn.Module):
-            norms = tuple(module for module in half.modules() if isinstance(module, nn.GroupNorm))
-            half.forward = SameAgain(half.forward, marks, norms)
-    for name in ("blend_v", "blend_h"):
-        if callable(getattr(vae, name, None)):
-            vars(vae)[name] = lambda above, tile, extent: tile
 
 
 def _matters(option: Options, stage: str) -> bool:

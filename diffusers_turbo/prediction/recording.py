@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
 
@@ -134,6 +134,19 @@ _QUICK: dict[Any, Callable[..., Any]] = {
 }
 
 
+@dataclass(eq=False)
+class Again:
+    """A tensor that repeated events make: the key of its storage among them, and what makes another."""
+
+    key: int
+    make_one: Callable[[], Tensor]
+    made: Tensor | None = None
+
+    def make(self) -> None:
+        """Make it."""
+        self.made = self.make_one()
+
+
 class Recorder(TorchDispatchMode):
     """Writes down which storages operators make and when they go; those of the given modules count as weights.
 
@@ -150,7 +163,7 @@ class Recorder(TorchDispatchMode):
         self._open = True
         self._known: dict[int, weakref.ref[torch.UntypedStorage] | None] = {}
         self._keys: dict[int, int] = {}
-        self._repeated: list[int] = []
+        self._repeated: set[int] = set()
         for module in weights:
             for tensor in (*module.parameters(), *module.buffers()):
                 self._known[tensor.untyped_storage()._cdata] = None
@@ -182,23 +195,31 @@ class Recorder(TorchDispatchMode):
             self.give_back(self.borrow(args[0].numel()))
         return result
 
-    def repeat(self, events: Sequence[Event], *, keep: bool) -> None:
-        """Write events down once more, for a second run that would be the same.
+    def repeat(self, events: Sequence[Event], *, keep: bool, result: Again | None = None) -> list[int]:
+        """Write events down once more, for a second run that would be the same; return the keys they leave behind.
 
-        What they leave behind is left behind again with `keep`, and not made without.
+        What they leave behind is left behind again with `keep`, and not made without, but for a result.
         """
         ended = {event.key for event in events if isinstance(event, Gone)}
         keys: dict[int, int] = {}
         for event in events:
             if isinstance(event, Made):
-                if keep or event.key in ended:
+                if result is not None and event.key == result.key:
+                    result.make()
+                elif keep or event.key in ended:
                     keys[event.key] = self.borrow(event.size)
             elif isinstance(event, Gone):
                 if event.key in keys:
                     self.give_back(keys.pop(event.key))
             else:
                 self.events.append(event)
-        self._repeated += keys.values()
+        self._repeated.update(keys.values())
+        return list(keys.values())
+
+    def key_of(self, tensor: Tensor) -> int | None:
+        """Return the key of a tensor's storage; None where it is a part of one, or there before."""
+        storage = tensor.untyped_storage()
+        return self._keys.get(storage._cdata) if storage.nbytes() == tensor.nbytes else None
 
     def borrow(self, size: int) -> int:
         """Write down a storage that no tensor stands for; return its key."""
@@ -208,6 +229,7 @@ class Recorder(TorchDispatchMode):
 
     def give_back(self, key: int) -> None:
         """Write down that a borrowed storage is gone."""
+        self._repeated.discard(key)
         self.events.append(Gone(key))
 
     def _see(self, tensor: Tensor) -> None:
@@ -253,44 +275,6 @@ def _asks_for_last(image: Tensor, weight: Tensor) -> bool:
     if suggest_memory_format(weight) is torch.channels_last:
         return True
     return len(image) > 1 and suggest_memory_format(image) is torch.channels_last
-
-
-@dataclass(eq=False)
-class SameAgain:
-    """Stands in for a module's forward: a call like an earlier one of the same recording is written down, not run.
-
-    A picture is decoded in many tiles of few shapes, once to be measured and once to be shown: its `norms` run other
-    forwards then.
-    """
-
-    run: Callable[..., Any]
-    marks: Marks
-    norms: tuple[nn.Module, ...] = ()
-    _seen: dict[Any, tuple[tuple[Event, ...], Tensor]] = field(default_factory=dict)
-    _of: Recorder | None = None
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward, or repeat what it wrote down."""
-        recorder = self.marks.recorder
-        if recorder is None:
-            return self.run(x, *args, **kwargs)
-        if recorder is not self._of:
-            self._of, self._seen = recorder, {}
-        forwards = frozenset(getattr(vars(norm).get("forward"), "__name__", "") for norm in self.norms)
-        key = (x.shape, x.stride(), x.dtype, forwards)
-        if key in self._seen:
-            events, like = self._seen[key]
-            # the result first: it is held while the rest runs, as the run's own is for some of the time
-            result = x.new_empty(like.shape, dtype=like.dtype)
-            recorder.repeat(events, keep=False)
-            return result
-        start = len(recorder.events)
-        result = self.run(x, *args, **kwargs)
-        if isinstance(result, Tensor) and not args and not any(value is not None for value in kwargs.values()):
-            with _disable_current_modes():
-                like = torch.empty(result.shape, dtype=result.dtype, device="meta")
-            self._seen[key] = (tuple(recorder.events[start:]), like)
-        return result
 
 
 @dataclass

@@ -299,6 +299,12 @@ def stretches_of(decoder: Any) -> list[Stretch]:
     return [*found, Stretch(layers=last, norms=(norm,), channels=norm.num_channels, scale=1, reach=1)]
 
 
+def tiled_layers(half: Any) -> list[nn.Module]:
+    """Return the modules of a decoder that are called tile after tile; none of what cannot be cut into stretches."""
+    layers = [] if refusal_of(half) else [layer for stretch in stretches_of(half) for layer in stretch.layers]
+    return [layer for layer in layers if not isinstance(layer, nn.GroupNorm)]
+
+
 def largest_held(decoder: Any, z: Tensor) -> int:
     """Return the bytes of the largest picture between stretches, for latents `[1, C, h, w]`."""
     scale = most = 1

@@ -7,16 +7,19 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_turbo import turbo
 from diffusers_turbo.actions.held_pictures import HeldOnHost
 from diffusers_turbo.actions.page_locked import Slab
 from diffusers_turbo.actions.tiled_calls import ExactDecode, TiledDecode
+from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.parity import distance
+from diffusers_turbo.planning.timing import EXACT_TILES_WORK, held_elements
 from diffusers_turbo.tiling import exact
-from diffusers_turbo.tiling.exact import Settled, has_channels_last, largest_held, stretches_of
+from diffusers_turbo.tiling.exact import OnHost, Settled, has_channels_last, largest_held, stretches_of
 from diffusers_turbo.tiling.statistics import normed_by
 from tests import seams, tiny
 from tests.state import differences, state_of
@@ -244,6 +247,45 @@ def test_a_tile_is_all_that_is_there(hold_on, share):
     tiled = [peak(lambda tile=tile: decoded(vae, latents, tile, hold_on)) for tile in (256, 128, 64)]
     assert sorted(tiled, reverse=True) == tiled
     assert tiled[-1] < whole / share
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    return build("sdxl", dtype=torch.float16, device="meta", text_encoders=False).vae
+
+
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_the_work_is_what_plans_reckon_with(full_size, side):
+    latents = torch.empty(1, 4, side // 8, side // 8, device="meta", dtype=torch.float16)
+
+    def operations(decode):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            decode()
+        return counter.get_total_flops()
+
+    whole = operations(lambda: full_size.decoder(latents))
+    for hold_on in ("device", "host"):
+        tiled = operations(lambda hold_on=hold_on: decoded(full_size, latents, 256, hold_on))
+        assert tiled / whole == pytest.approx(EXACT_TILES_WORK, rel=0.15)
+
+
+@pytest.mark.parametrize("side", [1024, 2048])
+def test_what_goes_to_the_host_and_back_is_what_plans_reckon_with(full_size, side, monkeypatch):
+    moved = []
+    rows, put = OnHost.rows, OnHost.put
+
+    def counted(self, first, last):
+        found = rows(self, first, last)
+        moved.append(found.numel())
+        return found
+
+    monkeypatch.setattr(OnHost, "rows", counted)
+    monkeypatch.setattr(
+        OnHost, "put", lambda self, first, given: moved.append(given.numel()) or put(self, first, given)
+    )
+    decoded(full_size, torch.empty(1, 4, side // 8, side // 8, device="meta", dtype=torch.float16), 256, "host")
+    channels = full_size.config.block_out_channels
+    assert sum(moved) / side**2 == pytest.approx(held_elements(channels), rel=0.15)
 
 
 def test_autoencoders_it_does_not_know_are_refused():

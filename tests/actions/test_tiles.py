@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions.tiled_calls import TiledDecode, TiledEncode, takes_our_tiles
+from diffusers_turbo.actions.tiled_calls import TiledDecode, TiledEncode
 from diffusers_turbo.parity import distance
 from diffusers_turbo.tiling.canvas import Grid
 from diffusers_turbo.tiling.grid import Axis
+from diffusers_turbo.tiling.hosts import takes_our_tiles
 from diffusers_turbo.tiling.statistics import poolable
 from tests import seams, tiny
 from tests.seams import our_edges, seam_excess, stock_edges

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +25,12 @@ def measured(name: str, dtype: torch.dtype, device: str = "meta", *, text_encode
 def sd15() -> Any:
     """SD1.5 without its text encoder."""
     return measured("sd15", torch.float16)
+
+
+def without_exact_tiles(facts: PipelineFacts) -> PipelineFacts:
+    """The same with an autoencoder that only decodes in lossy tiles, as most do."""
+    assert facts.vae is not None
+    return dataclasses.replace(facts, vae=dataclasses.replace(facts.vae, can_tile_exactly=False))
 
 
 @functools.cache

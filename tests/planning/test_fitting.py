@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.planning.planner import make_plan, plan
 from diffusers_turbo.planning.request import Request
-from tests.planning.architectures import facts_of
+from tests.planning.architectures import facts_of, without_exact_tiles
 from tests.planning.asking import actions_of, plan_on, reason_of
 
 
@@ -68,11 +68,38 @@ def test_offload_grows_with_need_and_tiles_come_last():
     assert "; vae come layer by layer" in less.reason
     assert "not enough" in reason_of(ladder[2], "enable_model_cpu_offload")
     assert all(made.exact and made.fits for made in ladder)
-    tight = plan_on("H100", "sd15", vram_budget="1.5GB", height=1024, width=1024)
+    facts = without_exact_tiles(facts_of("sd15"))
+    tight = plan(facts, DeviceFacts.card("H100"), vram_budget="1.5GB", height=1024, width=1024)
     assert "enable_vae_tiling" in actions_of(tight)
     assert "No exact plan fits" in reason_of(tight, "enable_vae_tiling")
     assert "LOSSY" in tight.explain()
     assert tight.fits
+
+
+def test_exact_tiles_come_before_lossy_ones_and_go_as_far_as_needed():
+    taken = {}
+    for budget in ("8GB", "2GB", "800MB", "560MB"):
+        made = plan_on("H100", "sdxl", vram_budget=budget)
+        assert made.exact
+        assert made.fits
+        step = next((step for step in made.steps if step.action == "enable_vae_exact_tiling"), None)
+        taken[budget] = None if step is None else (step.options["hold_on"], step.options["tile_size"])
+        assert "enable_vae_tiling" not in actions_of(made)
+        if step is not None:
+            assert "about twice the work of a decode" in step.reason
+            assert ("wait in host memory" in step.reason) == (step.options["hold_on"] == "host")
+    assert list(taken.values()) == [None, ("device", 256), ("host", 256), ("host", 128)]
+    assert "Not needed" in reason_of(plan_on("H100", "sdxl"), "enable_vae_exact_tiling")
+    assert "fits into one tile" in reason_of(plan_on("H100", height=128, width=128), "enable_vae_exact_tiling")
+    lossy = plan(without_exact_tiles(facts_of("sdxl")), DeviceFacts.card("H100"), vram_budget="2GB")
+    assert "is not known to it" in reason_of(lossy, "enable_vae_exact_tiling")
+    assert "enable_vae_tiling" in actions_of(lossy)
+
+
+def test_what_moves_norms_one_by_one_goes_beside_no_exact_tiles():
+    for item in plan_on("H100", "sdxl", vram_budget="400MB").alternatives:
+        calls = " ".join(item.switches)
+        assert "exact_tiling" not in calls or not ("group" in calls or "sequential" in calls)
 
 
 def test_less_of_the_denoiser_stays_as_the_budget_shrinks_and_no_room_is_left_over():
@@ -116,7 +143,9 @@ def test_a_denoiser_that_is_there_whole_is_recorded():
 def test_group_offload_streams_leaves_and_sequential_is_the_last_resort():
     made = plan_on("MPS", "sdxl", vram_budget="700MB")
     assert not any("offload" in action for action in actions_of(made))
-    fits = {item.switches[-1]: item for item in plan_on("H100", "sdxl", vram_budget="560MB").alternatives if item.fits}
+    facts = without_exact_tiles(facts_of("sdxl"))
+    made = plan(facts, DeviceFacts.card("H100"), vram_budget="560MB")
+    fits = {item.switches[-1]: item for item in made.alternatives if item.fits}
     group = next(item for name, item in fits.items() if name.startswith("enable_group_offload"))
     assert "offload_type='leaf_level', non_blocking=True, use_stream=True" in group.switches[-1]
     assert fits["enable_sequential_cpu_offload()"].added_seconds > 3 * group.added_seconds
@@ -149,7 +178,7 @@ def test_the_memory_fallback_goes_along_where_little_room_is_left():
 
 
 def test_where_a_plan_is_of_tiles_the_fallback_may_make_them_smaller():
-    tiled = plan_on("H100", "sdxl", vram_budget="1.5GB")
+    tiled = plan(without_exact_tiles(facts_of("sdxl")), DeviceFacts.card("H100"), vram_budget="1.5GB")
     assert "enable_vae_tiling" in actions_of(tiled)
     assert next(step for step in tiled.steps if step.action == "enable_memory_fallback").options["allow_tiling"]
     assert "at last in smaller tiles" in reason_of(tiled, "enable_memory_fallback")

@@ -9,11 +9,11 @@ from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.planning.options import SDPAAttention
 from diffusers_turbo.planning.plan import Plan, Rejected, Step
 from diffusers_turbo.planning.planner import plan
-from tests.planning.architectures import facts_of
+from tests.planning.architectures import facts_of, without_exact_tiles
 
 
 def _some_plan() -> Plan:
-    return plan(facts_of("sdxl"), DeviceFacts.card("RTX 2060"), batch_size=2, vram_budget="3.5GB")
+    return plan(without_exact_tiles(facts_of("sdxl")), DeviceFacts.card("RTX 2060"), batch_size=2, vram_budget="3.5GB")
 
 
 def test_a_plan_round_trips_through_json():

@@ -12,9 +12,16 @@ import pytest
 from diffusers_turbo import DeviceFacts, Plan, plan
 from diffusers_turbo.planning import gains
 from diffusers_turbo.planning.fitting import Estimated, Rung, cheapest, judge_memory
-from diffusers_turbo.planning.options import GroupOffload, ModelOffload, PartialOffload, SequentialOffload, VAETiling
+from diffusers_turbo.planning.options import (
+    GroupOffload,
+    ModelOffload,
+    PartialOffload,
+    SequentialOffload,
+    VAEExactTiling,
+    VAETiling,
+)
 from diffusers_turbo.planning.request import Request, settle
-from diffusers_turbo.planning.timing import OFFLOAD_RATES, added_seconds, missed_seconds
+from diffusers_turbo.planning.timing import OFFLOAD_RATES, added_seconds, missed_seconds, tiling_seconds
 from tests.planning.architectures import facts_of
 
 OFFLOADS = (ModelOffload(), GroupOffload(offload_type="leaf_level", use_stream=True), SequentialOffload())
@@ -58,6 +65,22 @@ def test_what_stays_of_the_denoiser_is_not_copied_at_each_step():
     assert shares[-1] < leaves < added_seconds(facts, [ModelOffload()]) / 5
     slower = added_seconds(facts, [PartialOffload(resident_bytes=None, denoiser_leaves=True, pin_memory=False)])
     assert slower == pytest.approx(leaves * gains.COPY_RATES["page-locked"] / gains.COPY_RATES["ordinary"])
+
+
+def test_exact_tiles_cost_a_second_decode_and_those_on_the_host_their_copies():
+    facts, device, host = facts_of("sdxl"), VAEExactTiling(), VAEExactTiling(hold_on="host")
+    pixels = 1024**2
+    assert tiling_seconds(facts, [device], pixels) == pytest.approx(gains.DECODE_SECONDS["float32"])
+    assert tiling_seconds(facts, [device], 2 * pixels) == pytest.approx(2 * gains.DECODE_SECONDS["float32"])
+    copies = [
+        tiling_seconds(found, [host], pixels) - tiling_seconds(found, [device], pixels)
+        for found in (facts, facts_of("sd15"))
+    ]
+    assert copies[0] == pytest.approx(2 * copies[1])  # float32, and float16
+    assert 0.1 < copies[0] < 0.5
+    assert tiling_seconds(facts, [], pixels) == tiling_seconds(facts, [VAETiling(tile_size=256)], pixels) == 0
+    moving = added_seconds(facts, [ModelOffload()])
+    assert added_seconds(facts, [ModelOffload(), device]) == pytest.approx(moving + gains.DECODE_SECONDS["float32"])
 
 
 MEASURED = Path(__file__).parents[2] / "docs" / "benchmarks" / "partial-offload-h100"

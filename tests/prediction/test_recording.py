@@ -11,7 +11,8 @@ from diffusers_turbo import turbo
 from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.prediction.attention import KernelMemory
-from diffusers_turbo.prediction.recording import Convolved, Gone, Made, Marks, Multiplied, Recorder, SameAgain
+from diffusers_turbo.prediction.recording import Convolved, Gone, Made, Marks, Multiplied, Recorder
+from diffusers_turbo.prediction.repeating import SameAgain, shorten
 from diffusers_turbo.prediction.skeleton import on_meta, skeleton_of
 from tests import tiny
 
@@ -82,19 +83,76 @@ def test_live_storages_of_a_decode_are_those_of_a_real_run(slicing):
     assert _on_meta(_decode, pipe.vae) == _on_cpu(_decode, pipe.vae)
 
 
+@pytest.mark.parametrize(
+    ("switch", "given"),
+    [
+        ("enable_vae_tiling", {"tile_size": 64}),
+        ("enable_vae_exact_tiling", {"tile_size": 64}),
+        ("enable_vae_exact_tiling", {"tile_size": 32}),
+    ],
+)
 @pytest.mark.parametrize("shortened", [False, True], ids=["every tile", "tiles like earlier ones repeated"])
-def test_live_storages_of_a_decode_in_tiles_are_those_of_a_real_run(shortened):
+def test_live_storages_of_a_decode_in_tiles_are_those_of_a_real_run(shortened, switch, given):
     pipe = turbo(tiny.sd())
     pipe.enable_naive_attention()
-    pipe.enable_vae_tiling(tile_size=64)
+    getattr(pipe, switch)(**given)
     twin, marks = on_meta(pipe.vae), Marks()
     if shortened:
-        norms = tuple(module for module in twin.decoder.modules() if isinstance(module, nn.GroupNorm))
-        twin.decoder.forward = SameAgain(twin.decoder.forward, marks, norms)
+        shorten(twin, marks)
     with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
         _decode(twin, "meta")
-    # a repeated tile holds its result from its beginning on
-    assert peak(recorder.events) == pytest.approx(_on_cpu(_decode, pipe.vae), rel=0.03 if shortened else 0.002)
+    assert peak(recorder.events) == pytest.approx(_on_cpu(_decode, pipe.vae), rel=0.004 if shortened else 0.002)
+
+
+def test_pictures_in_host_memory_are_not_on_the_device():
+    pipe, peaks = turbo(tiny.sd()), {}
+    for hold_on in ("device", "host"):
+        pipe.enable_vae_exact_tiling(tile_size=32, hold_on=hold_on)
+        for shortened in (False, True):
+            twin, marks = on_meta(pipe.vae), Marks()
+            if shortened:
+                shorten(twin, marks)
+            with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
+                _decode(twin, "meta")
+            peaks.setdefault(hold_on, []).append(peak(recorder.events))
+    for found in peaks.values():
+        assert found[1] == pytest.approx(found[0], rel=0.004)
+    assert peaks["host"][0] < peaks["device"][0] / 2
+
+
+@pytest.mark.parametrize("as_view", [False, True])
+def test_a_call_like_an_earlier_one_makes_what_that_one_made(as_view):
+    class Layer(nn.Module):
+        def forward(self, x):
+            whole = (x + 1) * 2
+            return whole[:4] if as_view else whole
+
+    layer, marks, found = Layer(), Marks(), []
+    layer.forward = SameAgain(layer.forward, marks)
+    for calls in (1, 3):
+        with Recorder() as recorder, marks.to(recorder):
+            results = [layer(torch.empty(8, 256, device="meta")) for _ in range(calls)]
+            del results
+        found.append([type(event).__name__ for event in recorder.events])
+    assert found[1].count("Made") == 3 * found[0].count("Made")
+    assert found[1].count("Gone") == found[1].count("Made")
+
+
+def test_a_call_that_ended_early_ends_so_again():
+    class Layer(nn.Module):
+        def forward(self, x):
+            _ = x + 1
+            raise StopIteration
+
+    layer, marks = Layer(), Marks()
+    layer.forward = SameAgain(layer.forward, marks)
+    x = torch.empty(8, 256, device="meta")
+    with Recorder() as recorder, marks.to(recorder):
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                layer(x)
+    assert [type(event) for event in recorder.events] == [Made, Gone, Made, Gone]
+    assert recorder.operators == 1
 
 
 def test_a_text_encoder_runs_without_values():

@@ -47,9 +47,6 @@ class VAETiling(Options):
             raise self._refuse("overlap", "a fraction from 0 to 0.5 of the tile", "use 0.25, or leave overlap out")
 
 
-HELD_ON = ("device", "host")
-
-
 @dataclass(frozen=True, kw_only=True)
 class VAEExactTiling(Options):
     """Decode each picture in tiles that see as far as their layers look, with the group norms of the whole picture.
@@ -66,7 +63,7 @@ class VAEExactTiling(Options):
 
     def __post_init__(self) -> None:
         self._check_positive("tile_size", multiple_of=8)
-        self._check_choice("hold_on", HELD_ON)
+        self._check_choice("hold_on", ("device", "host"))
 
 
 @dataclass(frozen=True, kw_only=True)
