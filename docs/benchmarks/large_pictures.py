@@ -29,10 +29,14 @@ STEPS = 3
 Calls = tuple[tuple[str, dict[str, Any]], ...]
 SLICES: Calls = (("enable_vae_slicing", {}),)
 TILES: Calls = (("enable_vae_tiling", {"tile_size": 512}),)
+EXACT_TILES: Calls = (("enable_vae_exact_tiling", {}),)
+EXACT_TILES_ON_HOST: Calls = (("enable_vae_exact_tiling", {"hold_on": "host"}),)
 OFFLOAD: Calls = (("enable_model_cpu_offload", {}),)
 
 # architecture, height, width, pictures, switches; "stock" is diffusers' own tiling with the same tile
 ROWS: dict[str, tuple[str, int, int, int, Calls, bool]] = {
+    "sd15 4K, exact tiles": ("sd15", 2224, 3840, 1, EXACT_TILES + OFFLOAD, False),
+    "sd15 4K, exact tiles, pictures on the host": ("sd15", 2224, 3840, 1, EXACT_TILES_ON_HOST + OFFLOAD, False),
     "sd15 4K, our tiles": ("sd15", 2224, 3840, 1, TILES + OFFLOAD, False),
     "sd15 4K, diffusers' tiles": ("sd15", 2224, 3840, 1, OFFLOAD, True),
     "sd15 4K, untiled": ("sd15", 2224, 3840, 1, OFFLOAD, False),

@@ -70,11 +70,11 @@ class Job:
 
 JOBS = {
     "sd15-512": Job(
-        model="sd15", side=512, scheduler="ddim", steps=50, tiled_cap=0.45, exact_caps=(1.2, 1.0, 0.9, 0.8, 0.7)
+        model="sd15", side=512, scheduler="ddim", steps=50, tiled_cap=0.45, exact_caps=(0.6, 0.45, 0.35, 0.3, 0.26)
     ),
     "sd15-1024": Job(model="sd15", side=1024, scheduler="ddim", steps=50),
     "sdxl-1024": Job(
-        model="sdxl", side=1024, scheduler="euler", steps=30, tiled_cap=0.75, exact_caps=(4.5, 4.0, 3.7, 3.4)
+        model="sdxl", side=1024, scheduler="euler", steps=30, tiled_cap=0.75, exact_caps=(1.0, 0.75, 0.6, 0.5, 0.46)
     ),
 }
 TINY = {
