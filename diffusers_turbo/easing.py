@@ -34,11 +34,11 @@ class EasesTheVAE(Switching):
         self._disable("enable_vae_tiling")
 
     def enable_vae_exact_tiling(self, tile_size: int = 256, hold_on: str = "device") -> None:
-        """Exact: AutoencoderKL decodes in tiles and gives the untiled picture, for about twice the work of a decode.
+        """Exact: AutoencoderKL works in tiles and gives the untiled picture, for about twice the work of a decode.
 
         Each tile is cut out with as much around it as its layers look at, and group norms are settled one after the
-        other over all tiles. Between two residual blocks the picture is held whole. Takes the place of
-        `enable_vae_tiling`. Encoding a picture stays whole.
+        other over all tiles. Between two residual blocks the picture is held whole. Encoding is done
+        in the same way. Takes the place of `enable_vae_tiling`.
 
         Args:
             tile_size: in pixels, the side of a square with as many pixels as a tile, where the decoder has 256

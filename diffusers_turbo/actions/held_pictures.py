@@ -1,4 +1,4 @@
-"""Host memory for the pictures between a decode's stretches, of which two are there at a time."""
+"""Host memory for the pictures between an autoencoder's layers, of which two are there at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..facts.host import host_memory
-from ..tiling.exact import OnHost, has_channels_last
+from ..tiling.pictures import OnHost, has_channels_last
 from .page_locked import Slab, can_pin
 
 
@@ -23,7 +23,7 @@ class _Pair:
     Attributes:
         least_bytes: how large a piece is made at least.
         slabs: the pieces there are.
-        read: on CUDA, an event past the last copy of the decode that had them before.
+        read: on CUDA, an event past the last copy of whoever had them before.
         trouble: why they are not page-locked; empty if they are, or need not be.
     """
 
@@ -63,10 +63,10 @@ class _Pair:
 
 @dataclass(eq=False)
 class HeldOnHost:
-    """Lends a decode the memory for its pictures; kept for the next one. Two decodes at once have memory each.
+    """Lends a call the memory for its pictures; kept for the next one. Two calls at once have memory each.
 
     Attributes:
-        trouble: why the last decode's was not page-locked; empty if it was.
+        trouble: why the last call's was not page-locked; empty if it was.
     """
 
     trouble: str = ""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tiling.canvas import Canvas, Grid
-from ..tiling.exact import decode_in_tiles, largest_held
 from ..tiling.grid import Axis
+from ..tiling.halves import decode_in_tiles, encode_in_tiles, largest_held, refusal_of
 from ..tiling.statistics import poolable, shared_by
 from .held_pictures import HeldOnHost
 
@@ -118,14 +118,14 @@ class TiledEncode(TiledHalf):
 
 
 @dataclass(eq=False)
-class ExactDecode:
-    """Stands in for `tiled_decode` with tiles that give the untiled picture.
+class ExactHalf:
+    """One half of an AutoencoderKL in tiles that give the untiled result, one picture of the batch after the other.
 
     Attributes:
-        vae: whose decoding it is.
+        vae: whose half it is.
         tile: side of a tile in pixels.
         held: where pictures lie between layers; None: on the device.
-        alone: whether the last call decoded as a whole, since offload moves the norms' weights.
+        alone: whether the last call was of the whole picture, since offload moves the norms' weights.
     """
 
     vae: Any
@@ -135,40 +135,49 @@ class ExactDecode:
 
     def tell(self) -> list[str]:
         """Say what became of the last call's tiles, where it is not what was asked for."""
-        told = ["the VAE decoded as a whole, since offload moves the norms' weights one by one"] if self.alone else []
+        told = ["the VAE worked as a whole, since offload moves the norms' weights one by one"] if self.alone else []
         if self.held is not None and self.held.trouble:
             told.append(f"pictures wait in ordinary host memory, which is slower to copy: {self.held.trouble}")
         return told
+
+    def run(self, half: nn.Module, in_tiles: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Run a half over `[1, C, h, w]`."""
+        self.alone = not poolable(half)
+        if self.alone:
+            whole: Tensor = half(x)
+            return whole
+        if self.held is None:
+            return in_tiles(half, x, self.tile)
+        with self.held.lent(x.device, largest_held(half, x)) as memory:
+            return in_tiles(half, x, self.tile, memory.hold)
+
+
+class ExactDecode(ExactHalf):
+    """Stands in for `tiled_decode`."""
 
     def __call__(self, z: Tensor, return_dict: bool = True) -> Any:
         """Decode latents `[B, C, h, w]` to pictures `[B, 3, H, W]`."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        self.alone = not poolable(self.vae.decoder)
         sample = _one_by_one(self._decode, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _decode(self, z: Tensor) -> Tensor:
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
-        if self.alone:
-            whole: Tensor = self.vae.decoder(z)
-            return whole
-        if self.held is None:
-            return decode_in_tiles(self.vae.decoder, z, self.tile)
-        with self.held.lent(z.device, largest_held(self.vae.decoder, z)) as memory:
-            return decode_in_tiles(self.vae.decoder, z, self.tile, memory.hold)
+        return self.run(self.vae.decoder, decode_in_tiles, z)
 
 
-@dataclass(eq=False)
-class WholeEncode:
-    """Stands in for `_tiled_encode` where only decoding is tiled."""
-
-    vae: Any
+class ExactEncode(ExactHalf):
+    """Stands in for `_tiled_encode`; an encoder that cannot be cut works on whole pictures."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Encode pictures `[B, 3, H, W]` to moments `[B, 2 * C, h, w]`."""
-        moments: Tensor = self.vae.encoder(x)
+        return _one_by_one(self._encode, x)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        encoder = self.vae.encoder
+        moments = encoder(x) if refusal_of(encoder) else self.run(encoder, encode_in_tiles, x)
         return moments if self.vae.quant_conv is None else self.vae.quant_conv(moments)
 
 
@@ -176,7 +185,7 @@ class WholeEncode:
 class TilesDone:
     """Says how the tiles of a pipeline's VAE fared; changes nothing itself."""
 
-    halves: tuple[TiledHalf | ExactDecode, ...]
+    halves: tuple[TiledHalf | ExactHalf, ...]
 
     def revert(self) -> None:
         """Nothing to put back."""

@@ -16,7 +16,7 @@ from ..planning.options import VAEExactTiling, VAESlicing, VAETiling
 from ..tiling.hosts import takes_our_tiles, why_not_exact
 from .components import component
 from .held_pictures import HeldOnHost
-from .tiled_calls import ExactDecode, TiledDecode, TiledEncode, TilesDone, WholeEncode
+from .tiled_calls import ExactDecode, ExactEncode, TiledDecode, TiledEncode, TilesDone
 from .undo import Journal, journaling
 
 DEFAULT_TILE = 512
@@ -57,7 +57,7 @@ def apply_tiling(pipe: Any, options: VAETiling) -> Journal:
 
 
 def apply_exact_tiling(pipe: Any, options: VAEExactTiling) -> Journal:
-    """Exact: decode in tiles that see as far as their layers look, with the group norms of the whole picture."""
+    """Exact: work in tiles that see as far as their layers look, with the group norms of the whole picture."""
     tried = f"enable_vae_exact_tiling(tile_size={options.tile_size}, hold_on={options.hold_on!r})"
     vae = _vae_with(pipe, "enable_tiling", tried)
     if found := why_not_exact(vae):
@@ -65,12 +65,13 @@ def apply_exact_tiling(pipe: Any, options: VAEExactTiling) -> Journal:
         raise NotSupportedError(explain_failure(tried, found, needed, "use enable_vae_tiling(), which is lossy"))
     step = _pixels_per_latent(vae)
     values = _tile_attributes(vae, options.tile_size, 0.0, step, tried)
-    decode = ExactDecode(vae, options.tile_size, HeldOnHost() if options.hold_on == "host" else None)
+    held = HeldOnHost() if options.hold_on == "host" else None
+    halves = ExactDecode(vae, options.tile_size, held), ExactEncode(vae, options.tile_size, held)
     with journaling() as journal:
         _switch_on(journal, vae, values)
-        _stand_in(journal, vae, decode, WholeEncode(vae))
-        journal.add(TilesDone((decode,)))
-        journal.note(f"pictures above {options.tile_size} px a side are decoded in tiles; encoding stays whole")
+        _stand_in(journal, vae, *halves)
+        journal.add(TilesDone(halves))
+        journal.note(f"pictures above {options.tile_size} px a side are decoded and encoded in tiles")
     return journal
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..tiling.exact import tiled_layers
+from ..tiling.halves import tiled_layers
 from .recording import Again, Event, Marks, Recorder
 
 

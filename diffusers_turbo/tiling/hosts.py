@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .exact import refusal_of
+from .halves import refusal_of
 from .statistics import poolable
 
 

@@ -18,8 +18,10 @@ from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.parity import distance
 from diffusers_turbo.planning.timing import EXACT_TILES_WORK, held_elements
-from diffusers_turbo.tiling import exact
-from diffusers_turbo.tiling.exact import OnHost, Settled, has_channels_last, largest_held, stretches_of
+from diffusers_turbo.tiling import exact, halves
+from diffusers_turbo.tiling.exact import Settled
+from diffusers_turbo.tiling.halves import largest_held, stretches_of
+from diffusers_turbo.tiling.pictures import OnDevice, OnHost, has_channels_last
 from diffusers_turbo.tiling.statistics import normed_by
 from tests import seams, tiny
 from tests.state import differences, state_of
@@ -115,7 +117,7 @@ def test_lossy_tiles_and_wrong_variants_are_far_from_it(emoji, monkeypatch):
         assert psnr(TiledDecode(vae, 8)(latents).sample, untiled) < 60
     short = [dataclasses.replace(each, reach=each.reach - 1) for each in stretches_of(vae.decoder)]
     with monkeypatch.context() as patch:
-        patch.setattr(exact, "stretches_of", lambda decoder: short)  # tiles that see a pixel too few
+        patch.setattr(halves, "stretches_of", lambda decoder: short)  # tiles that see a pixel too few
         assert psnr(decoded(vae, latents, 64), untiled) < 90
     settle = Settled.settle
 
@@ -154,7 +156,7 @@ def test_the_switch_decodes_pictures_above_a_tile_and_is_undone(hold_on):
     assert psnr(tiny.picture(pipe, batch=2, height=96, width=128), stock) > 120
     report = pipe.turbo_report()
     assert report.exact
-    assert "pictures above 32 px a side are decoded in tiles; encoding stays whole" in str(report)
+    assert "pictures above 32 px a side are decoded and encoded in tiles" in str(report)
     pipe.disable_vae_exact_tiling()
     assert differences(before, state_of(pipe)) == []
     assert torch.equal(tiny.picture(pipe, batch=2, height=96, width=128), stock)
@@ -203,7 +205,7 @@ def test_where_the_norms_weights_come_and_go_it_decodes_as_a_whole_and_says_so()
     pipe.enable_group_offload(onload_device="cpu", offload_type="leaf_level")
     pipe.enable_vae_exact_tiling(tile_size=32)
     assert psnr(tiny.picture(pipe, height=96, width=96), stock) > 120
-    assert "the VAE decoded as a whole, since offload moves" in str(pipe.turbo_report())
+    assert "the VAE worked as a whole, since offload moves" in str(pipe.turbo_report())
 
 
 def test_an_error_inside_leaves_the_norms_as_they_were():
@@ -219,15 +221,49 @@ def test_an_error_inside_leaves_the_norms_as_they_were():
     assert psnr(tiny.picture(pipe, height=96, width=96), stock) > 120
 
 
-def test_encoding_stays_whole():
-    vae = turbo(tiny.sd()).vae
-    picture = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("hold_on", ["device", "host"])
+@pytest.mark.parametrize(("tile", "width"), [(32, 256), (64, 256), (48, 200)])
+def test_moments_are_those_of_the_whole_picture(emoji, tile, width, hold_on, monkeypatch):
+    vae, _, _ = emoji
+    picture = seams.sheet(4, 5, 256)[:, :, :136, :width]
     with torch.no_grad():
         whole = vae.encode(picture).latent_dist.mean
-        pipe = turbo(tiny.sd())
-        pipe.vae = vae
+    pipe = turbo(tiny.sd())
+    pipe.vae = vae
+    pipe.enable_vae_exact_tiling(tile_size=tile, hold_on=hold_on)
+    try:
+        with torch.no_grad():
+            tiled = vae.encode(picture).latent_dist.mean
+            assert (tiled - whole).square().mean().sqrt() < 1e-6 * whole.std()
+            short = [dataclasses.replace(each, reach=each.reach - 1) for each in stretches_of(vae.encoder)]
+            monkeypatch.setattr(halves, "stretches_of", lambda encoder: short)
+            wrong = vae.encode(picture).latent_dist.mean
+            assert (wrong - whole).square().mean().sqrt() > 1e-4 * whole.std()
+    finally:
+        pipe.turbo_undo()
+
+
+def test_an_encoder_that_is_not_known_works_on_whole_pictures():
+    vae = turbo(tiny.sd()).vae
+    picture = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    pipe = turbo(tiny.sd())
+    pipe.vae = vae
+    vae.encoder.conv_norm_out = nn.Identity()
+    with torch.no_grad():
+        whole = vae.encode(picture).latent_dist.mean
         pipe.enable_vae_exact_tiling(tile_size=32)
         assert torch.equal(vae.encode(picture).latent_dist.mean, whole)
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+def test_a_picture_whose_rows_are_no_whole_steps_is_halved_at_once(rows):
+    (halving,) = [each for each in stretches_of(tiny.vae().encoder) if each.down == 2][:1]
+    x = torch.randn(1, halving.channels, rows, 64)
+    with torch.no_grad():
+        whole = halving(x)
+        tiled = halving.in_tiles(OnDevice(x), 8, OnDevice.like)
+    assert (len(halving.strips(rows, 64, 8)) == 1) == (rows == 5)
+    assert torch.allclose(tiled.rows(0, tiled.height), whole, atol=1e-6)
 
 
 @pytest.mark.parametrize(("hold_on", "share"), [("device", 2), ("host", 4)])

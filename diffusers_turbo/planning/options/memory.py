@@ -49,7 +49,7 @@ class VAETiling(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class VAEExactTiling(Options):
-    """Decode each picture in tiles that see as far as their layers look, with the group norms of the whole picture.
+    """Decode and encode in tiles that see as far as their layers look, with the group norms of the whole picture.
 
     `tile_size` in pixels: the side of a square with as many pixels as a tile, where the decoder has 256 channels.
     `hold_on` says where whole pictures wait between two layers: on the "device", or in memory of the "host".
