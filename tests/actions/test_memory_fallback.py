@@ -9,11 +9,12 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.actions.ledger import open_ledger
 from diffusers_turbo.actions.offload import Placement, TensorPlace
 from diffusers_turbo.actions.tiled_calls import TiledDecode
 from diffusers_turbo.errors import OutOfMemoryError
 from diffusers_turbo.parity import distance
-from diffusers_turbo.planning.options import VAETiling
+from diffusers_turbo.planning.options import VAEExactTiling, VAETiling
 from tests import tiny
 from tests.actions.starved import MESSAGE, Starved, actions, offload, on, once, part
 from tests.state import differences, state_of
@@ -145,6 +146,32 @@ def test_exact_tiles_come_before_offload(make, monkeypatch):
     assert pipe.turbo_report().exact
     pipe.disable_memory_fallback()
     assert actions(pipe) == []
+
+
+@pytest.mark.parametrize("wanted", [{"hold_on": "host"}, {"tile_size": 128, "hold_on": "host"}])
+@pytest.mark.parametrize("already", [None, {}, {"tile_size": 512}])
+def test_exact_tiles_come_to_hold_less(already, wanted, monkeypatch):
+    size = {"steps": 1, "height": 264, "width": 264}
+    pipe = turbo(tiny.sd())
+    stock = tiny.picture(pipe, **size)
+    own = pipe.vae.tile_sample_min_size
+    if already is not None:
+        pipe.enable_vae_exact_tiling(**already)
+    before = on_now(pipe)
+    pipe.enable_memory_fallback()
+    step = VAEExactTiling(**wanted)
+    Starved(lambda: step in on_now(pipe)).install(monkeypatch, pipe.vae.decoder.conv_in)
+    for _ in range(2):
+        assert distance(tiny.picture(pipe, **size), stock).psnr_db > 100
+    assert step in on_now(pipe)
+    assert pipe.turbo_report().exact
+    pipe.disable_memory_fallback()
+    assert on_now(pipe) == before
+    assert pipe.vae.tile_sample_min_size == (already or {}).get("tile_size", 256 if already is not None else own)
+
+
+def on_now(pipe):
+    return [lever.options for lever in open_ledger(pipe).in_force()]
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl])
