@@ -11,7 +11,7 @@ import torch
 from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline, upcasts_vae
 from ..planning.conflicts import conflicts_between
-from ..planning.fitting import EXACT_TILES, TILE_SIZES
+from ..planning.ladder import EXACT_TILES, TILE_SIZES
 from ..planning.memory import holds_scores
 from ..planning.options import (
     CUDAGraphs,

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotSupportedError, explain_failure
 from .conflicts import in_order
 from .estimate import Estimates, MemoryEstimate
-from .fitting import Estimated, Rung, cheapest, judge_fallback, judge_memory, make_ladder
+from .fitting import judge_fallback, judge_memory
+from .ladder import Estimated, Rung, cheapest, make_ladder
 from .memory import LOOPED_ROLES, estimate_memory, holds_scores
 from .options import Options, PartialOffload, SDPAAttention, SlicedAttention, XFormersAttention
 from .plan import Alternative, Plan, Rejected, Step, call_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .fitting import TILE_SIZES
+from .ladder import TILE_SIZES
 from .memory import estimate_memory
 from .options import Options, VAETiling
 from .units import gib

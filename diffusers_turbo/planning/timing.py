@@ -50,16 +50,23 @@ def added_seconds(
 def tiling_seconds(facts: PipelineFacts, options: Iterable[Options], pixels: int) -> float:
     """Return the seconds that exact tiles add to the decode of so many pixels."""
     option = next((option for option in options if isinstance(option, VAEExactTiling)), None)
-    part = facts.component("vae")
-    if option is None or part is None or facts.vae is None:
+    if option is None or facts.vae is None:
         return 0.0
-    wide = part.dtype == "float32" or (facts.vae.force_upcast and part.dtype == "float16")
+    wide = works_in_float32(facts)
     seconds = gains.DECODE_SECONDS["float32" if wide else "float16"] * pixels / gains.DECODE_PIXELS
     added = seconds * (EXACT_TILES_WORK - 1)
     if option.hold_on == "host":
         held = held_elements(facts.vae.block_out_channels or DEFAULT_DECODER) * (4 if wide else 2)
         added += held * pixels / gains.COPY_RATES["page-locked"]
     return added
+
+
+def works_in_float32(facts: PipelineFacts) -> bool:
+    """Whether the VAE does, as its weights are or because it is cast."""
+    part = facts.component("vae")
+    if part is None or facts.vae is None:
+        return False
+    return part.dtype == "float32" or (facts.vae.force_upcast and part.dtype == "float16")
 
 
 def held_elements(channels: Sequence[int]) -> float:

@@ -96,6 +96,17 @@ def test_exact_tiles_come_before_lossy_ones_and_go_as_far_as_needed():
     assert "enable_vae_tiling" in actions_of(lossy)
 
 
+@pytest.mark.parametrize(
+    ("card", "room", "on_host"),
+    [("H100", 2**36, True), ("H100", 2**31 + 2**10, True), ("H100", 2**31 - 2**10, False), ("MPS", 2**36, False)],
+)
+def test_pictures_wait_on_the_host_where_it_has_twice_the_room_and_memory_of_its_own(card, room, on_host):
+    device = dataclasses.replace(DeviceFacts.card(card), host_ram_bytes=room)
+    facts = facts_of("sdxl")  # two pictures of 512 MiB
+    made = plan(facts, device, vram_budget="700MB")
+    assert any("hold_on='host'" in call for item in made.alternatives for call in item.switches) == on_host
+
+
 def test_what_moves_norms_one_by_one_goes_beside_no_exact_tiles():
     for item in plan_on("H100", "sdxl", vram_budget="400MB").alternatives:
         calls = " ".join(item.switches)

@@ -11,7 +11,8 @@ import pytest
 
 from diffusers_turbo import DeviceFacts, Plan, plan
 from diffusers_turbo.planning import gains
-from diffusers_turbo.planning.fitting import Estimated, Rung, cheapest, judge_memory
+from diffusers_turbo.planning.fitting import judge_memory
+from diffusers_turbo.planning.ladder import Estimated, Rung, cheapest
 from diffusers_turbo.planning.options import (
     GroupOffload,
     ModelOffload,

@@ -14,7 +14,7 @@ from diffusers_turbo.errors import InvalidOptionError, NotSupportedError
 from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.facts.pipeline import read_pipeline
 from diffusers_turbo.planning import options as opt
-from diffusers_turbo.planning.fitting import EXACT_TILES
+from diffusers_turbo.planning.ladder import EXACT_TILES
 from diffusers_turbo.planning.memory import estimate_memory
 from diffusers_turbo.planning.options import ACTIONS
 from diffusers_turbo.planning.planner import plan
