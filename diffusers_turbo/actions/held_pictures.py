@@ -72,6 +72,11 @@ class HeldOnHost:
     trouble: str = ""
     _free: list[_Pair] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Bytes that are kept for the next call."""
+        return sum(len(slab) for pair in self._free for slab in pair.slabs if slab is not None)
+
     @contextmanager
     def lent(self, device: torch.device, largest_bytes: int) -> Iterator[_Pair]:
         """Have two pieces of memory inside the block."""
@@ -87,3 +92,7 @@ class HeldOnHost:
                 pair.read.record(torch.cuda.current_stream(device))
             self.trouble = pair.trouble
             self._free.append(pair)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the memory behind; a copy makes its own."""
+        return {**vars(self), "_free": []}

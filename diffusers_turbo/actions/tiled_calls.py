@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..planning.units import gib
 from ..tiling.canvas import Canvas, Grid
 from ..tiling.grid import Axis
 from ..tiling.halves import decode_in_tiles, encode_in_tiles, largest_held, refusal_of
@@ -136,8 +137,10 @@ class ExactHalf:
     def tell(self) -> list[str]:
         """Say what became of the last call's tiles, where it is not what was asked for."""
         told = ["the VAE worked as a whole, since offload moves the norms' weights one by one"] if self.alone else []
+        if self.held is not None and self.held.size:
+            told.append(f"{gib(self.held.size)} of host memory are kept for the pictures of the next call")
         if self.held is not None and self.held.trouble:
-            told.append(f"pictures wait in ordinary host memory, which is slower to copy: {self.held.trouble}")
+            told.append(f"they wait in ordinary memory, which is slower to copy: {self.held.trouble}")
         return told
 
     def run(self, half: nn.Module, in_tiles: Callable[..., Tensor], x: Tensor) -> Tensor:

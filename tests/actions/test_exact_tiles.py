@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -92,6 +94,17 @@ def test_memory_of_the_host_serves_the_next_decode_and_two_at_once(emoji):
     assert max(len(slab) for slab in decode.held._free[-1].slabs) == 2 * len(slabs[0])
 
 
+def test_copies_of_a_pipeline_make_memory_of_their_own(emoji):
+    vae, latents, _ = emoji
+    decode = ExactDecode(vae, 64, HeldOnHost())
+    with torch.no_grad():
+        first = decode(latents).sample
+        for twin in (copy.deepcopy(decode), pickle.loads(pickle.dumps(decode))):
+            assert twin.held._free == []
+            assert torch.equal(twin(latents).sample, first)
+    assert len(decode.held._free) == 1
+
+
 @pytest.mark.parametrize(
     "why", ["the system refused: no", "half of what is free of host memory is less than a picture"]
 )
@@ -107,7 +120,7 @@ def test_where_pages_cannot_be_locked_it_says_so(monkeypatch, why):
         monkeypatch.setattr("diffusers_turbo.actions.held_pictures.host_memory", lambda: (2**30, 2**10))
     pipe.enable_vae_exact_tiling(tile_size=32, hold_on="host")
     assert psnr(tiny.picture(pipe, height=96, width=96), stock) > 120
-    assert f"pictures wait in ordinary host memory, which is slower to copy: {why}" in str(pipe.turbo_report())
+    assert f"they wait in ordinary memory, which is slower to copy: {why}" in str(pipe.turbo_report())
 
 
 def test_lossy_tiles_and_wrong_variants_are_far_from_it(emoji, monkeypatch):
@@ -156,6 +169,7 @@ def test_the_switch_decodes_pictures_above_a_tile_and_is_undone(hold_on):
     assert psnr(tiny.picture(pipe, batch=2, height=96, width=128), stock) > 120
     report = pipe.turbo_report()
     assert report.exact
+    assert ("of host memory are kept for the pictures of the next call" in str(report)) == (hold_on == "host")
     assert "pictures above 32 px a side are decoded and encoded in tiles" in str(report)
     pipe.disable_vae_exact_tiling()
     assert differences(before, state_of(pipe)) == []
