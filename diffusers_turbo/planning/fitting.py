@@ -135,9 +135,10 @@ def _why_taken(
     if isinstance(option, SlicedAttention):
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
     if isinstance(option, VAEExactTiling):
-        where = "pictures between its layers wait in host memory" if option.hold_on == "host" else "pictures stay there"
-        work = f"about twice the work of a decode, {_seconds(chosen.tiling_seconds)} at the rates of an H100"
-        return f"The untiled picture from tiles; {where}: the pipeline {numbers}. It takes {work}."
+        where = "wait in host memory" if option.hold_on == "host" else "stay on the device"
+        work = f"about as long as a decode again, {_seconds(chosen.tiling_seconds)} at the rates of an H100"
+        how = f"The untiled picture from tiles; between the VAE's layers pictures {where}"
+        return f"{how}: the pipeline {numbers}. It takes {work}."
     time = _seconds(chosen.moving_seconds)
     seconds = f"up to {time} to a call of {situation.request.steps} steps at the bus rates of an H100"
     if isinstance(option, PartialOffload):
