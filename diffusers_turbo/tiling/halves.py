@@ -110,6 +110,7 @@ def encode_in_tiles(encoder: Any, x: Tensor, tile: int, hold: Hold = OnDevice.li
 
 def _through(stretches: list[Stretch], x: Tensor, tile: int, hold: Hold) -> Tensor:
     picture: Picture = OnDevice(x)
+    del x  # the middle's result would be there to the end
     for index, stretch in enumerate(stretches):
         picture = stretch.in_tiles(picture, tile, hold if index + 1 < len(stretches) else OnDevice.like)
     return picture.rows(0, picture.height)
