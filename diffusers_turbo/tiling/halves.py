@@ -6,6 +6,7 @@ over the whole picture, is at the resolution of the latents and runs as ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def decode_in_tiles(decoder: Any, z: Tensor, tile: int, hold: Hold = OnDevice.li
         tile: side of a square in pixels of which a tile has as many, where the decoder has 256 channels.
         hold: makes the pictures between stretches.
     """
-    return _through(stretches_of(decoder), decoder.mid_block(decoder.conv_in(z), None), tile, hold)
+    return _through(stretches_of(decoder), lambda: decoder.mid_block(decoder.conv_in(z), None), tile, hold)
 
 
 def encode_in_tiles(encoder: Any, x: Tensor, tile: int, hold: Hold = OnDevice.like) -> Tensor:
@@ -103,14 +104,14 @@ def encode_in_tiles(encoder: Any, x: Tensor, tile: int, hold: Hold = OnDevice.li
         tile: side of a square in pixels of which a tile has as many, where the encoder has up to 256 channels.
         hold: makes the pictures between stretches.
     """
-    middle = encoder.mid_block(_through(stretches_of(encoder), x, tile, hold))
+    middle = encoder.mid_block(_through(stretches_of(encoder), lambda: x, tile, hold))
     moments: Tensor = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(middle)))
     return moments
 
 
-def _through(stretches: list[Stretch], x: Tensor, tile: int, hold: Hold) -> Tensor:
-    picture: Picture = OnDevice(x)
-    del x  # the middle's result would be there to the end
+def _through(stretches: list[Stretch], begin: Callable[[], Tensor], tile: int, hold: Hold) -> Tensor:
+    # made here: whoever had it for an argument would hold it to the end
+    picture: Picture = OnDevice(begin())
     for index, stretch in enumerate(stretches):
         picture = stretch.in_tiles(picture, tile, hold if index + 1 < len(stretches) else OnDevice.like)
     return picture.rows(0, picture.height)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_turbo import turbo
@@ -233,6 +235,25 @@ def test_an_error_inside_leaves_the_norms_as_they_were():
     failing.remove()
     assert differences(before, state_of(pipe)) == []
     assert psnr(tiny.picture(pipe, height=96, width=96), stock) > 120
+
+
+@pytest.mark.parametrize("watched", [None, False], ids=["plain", "callers keep arguments"])
+def test_the_middle_s_result_is_gone_before_the_end(emoji, watched):
+    vae, latents, _ = emoji
+    results, there = [], []
+    handles = [
+        vae.decoder.mid_block.register_forward_hook(lambda module, given, result: results.append(weakref.ref(result))),
+        vae.decoder.conv_out.register_forward_pre_hook(lambda *_: there.append(results[-1]() is not None)),
+    ]
+    before = set_eval_frame(watched)
+    try:
+        decoded(vae, latents, 64)
+    finally:
+        set_eval_frame(before)
+        for handle in handles:
+            handle.remove()
+    assert there
+    assert not any(there)
 
 
 @pytest.mark.parametrize("hold_on", ["device", "host"])
