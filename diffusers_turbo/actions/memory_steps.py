@@ -89,8 +89,13 @@ def _exact_tiles(vae: Any, ledger: Ledger) -> Iterator[VAEExactTiling]:
     if vae is None or not decodes_in_exact_tiles(vae) or (now is None and vae.use_tiling):
         return
     for options in EXACT_TILES:
-        if now is None or (options.hold_on, -options.tile_size) > (now.hold_on, -now.tile_size):
+        if now is None or _thrift(options) > _thrift(now):
             yield options
+
+
+def _thrift(tiles: VAEExactTiling) -> tuple[bool, int]:
+    """The greater, the less is held on the device."""
+    return tiles.hold_on == "host", -tiles.tile_size
 
 
 def _in_exact_tiles(ledger: Ledger) -> VAEExactTiling | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .conflicts import conflicts_between
-from .memory import DEFAULT_DECODER, ENCODER_ROLES, LOOPED_ROLES
+from .memory import ENCODER_ROLES, LOOPED_ROLES, held_pictures, works_in_float32
 from .options import (
     CUDAGraphs,
     GroupOffload,
@@ -23,7 +23,6 @@ from .options import (
     VAETiling,
 )
 from .request import Situation
-from .timing import works_in_float32
 from .units import gib
 
 TILE_SIZES = (512, 256)
@@ -208,21 +207,12 @@ def exact_tiles_of(situation: Situation) -> tuple[VAEExactTiling, ...]:
     vae = situation.pipeline.vae
     if vae is None or not vae.can_tile_exactly or vae.tiling:
         return ()
-    side, held = max(situation.height, situation.width), _held_on_host(situation)
-    room = situation.device.host_ram_bytes
+    facts, room = situation.pipeline, situation.device.host_ram_bytes
+    held = held_pictures(facts, situation.height, situation.width, 4 if works_in_float32(facts) else 2)
     # where device and host share their memory nothing is gained, and half of it is for other pages
     on_host = situation.device.device_type == "cuda" and (not room or held <= room // 2)
+    side = max(situation.height, situation.width)
     return tuple(tiles for tiles in EXACT_TILES if tiles.tile_size < side and (on_host or tiles.hold_on != "host"))
-
-
-def _held_on_host(situation: Situation) -> int:
-    """Return the bytes of the two largest pictures between a decoder's layers."""
-    facts = situation.pipeline
-    if facts.vae is None:
-        return 0
-    channels = (facts.vae.block_out_channels or DEFAULT_DECODER)[0]
-    item = 4 if works_in_float32(facts) else 2
-    return 2 * channels * situation.height * situation.width * item
 
 
 def _wholes(situation: Situation) -> tuple[Options, ...]:

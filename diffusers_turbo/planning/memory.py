@@ -68,7 +68,7 @@ _CHANNELS_LAST_WORKSPACE = 0.335
 # A CLIP or T5 encoder's activations are small beside its weights; an allowance for 512 tokens.
 _ENCODE_BYTES = 64 * MIB
 # The KL autoencoder of every Stable Diffusion, for autoencoders whose config says nothing.
-DEFAULT_DECODER = (128, 256, 512, 512)
+_DEFAULT_DECODER = (128, 256, 512, 512)
 
 ENCODER_ROLES = ("text_encoder", "image_encoder")
 """Roles of the components that are called before the loop."""
@@ -233,14 +233,14 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
         else:
             # rows of finished tiles, the blended rows, and the picture they are joined into
             pictures = 3 * 3 * height * width * item_bytes * at_once
-    channels = facts.vae.block_out_channels or DEFAULT_DECODER
+    channels = decoder_channels(facts)
     widest = max(area / 4**level * channels[min(level + 1, len(channels) - 1)] for level in range(len(channels)))
     middle = 0
     if isinstance(exact := switches.get(VAEExactTiling), VAEExactTiling) and max(height, width) > exact.tile_size:
         at_once = 1
         # the pictures before and after the last layers, and a tile of these; or a tile where an upsampling widens it
         level = 0 if exact.hold_on == "device" else min(1, len(channels) - 1)
-        pictures = 2 * channels[0] * height * width * item_bytes if exact.hold_on == "device" else 0
+        pictures = held_pictures(facts, height, width, item_bytes) if exact.hold_on == "device" else 0
         widest = min(widest, channels[level] * exact.tile_size**2)
         middle = _MIDDLE_TENSORS * channels[-1] * height * width // 4 ** (len(channels) - 1) * item_bytes
     live = int(_DECODER_TENSORS * widest * at_once * item_bytes)
@@ -254,6 +254,24 @@ def _decode(facts: PipelineFacts, switches: Switches, height: int, width: int, b
         activation_bytes=live + pictures,
         workspace_bytes=int(live * share) + FIXED_BYTES,
     )
+
+
+def decoder_channels(facts: PipelineFacts) -> tuple[int, ...]:
+    """Return the channels of the VAE's decoder, of the picture's own resolution first."""
+    return (facts.vae.block_out_channels if facts.vae is not None else ()) or _DEFAULT_DECODER
+
+
+def held_pictures(facts: PipelineFacts, height: int, width: int, item_bytes: int) -> int:
+    """Return the bytes of the largest pictures that exact tiles hold whole: before and after a layer."""
+    return 2 * decoder_channels(facts)[0] * height * width * item_bytes
+
+
+def works_in_float32(facts: PipelineFacts) -> bool:
+    """Whether the VAE does, as its weights are or because it is cast."""
+    part = facts.component("vae")
+    if part is None or facts.vae is None:
+        return False
+    return part.dtype == "float32" or (facts.vae.force_upcast and part.dtype == "float16")
 
 
 def _tile_size(facts: PipelineFacts, switches: Switches) -> int | None:

@@ -11,19 +11,18 @@ from collections.abc import Iterable, Sequence
 
 from ..facts.pipeline import PipelineFacts
 from . import gains
-from .memory import DEFAULT_DECODER
+from .memory import decoder_channels, works_in_float32
 from .options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload, VAEExactTiling
 
 STEPS = 30
 """Denoising steps of the call that is meant, where nobody says how many."""
-
 
 EXACT_TILES_WORK = 2.0
 """Exact tiles compute so many times what a decode does, by the operations of SD's and SDXL's decoders at 512 to 2048
 pixels; counted in `tests/actions/test_exact_tiles.py`."""
 
 BLOCKS = 3
-"""Residual blocks of each of a decoder's levels."""
+"""Residual blocks of each of a decoder's levels, in every Stable Diffusion's autoencoder."""
 
 
 def added_seconds(
@@ -56,17 +55,9 @@ def tiling_seconds(facts: PipelineFacts, options: Iterable[Options], pixels: int
     seconds = gains.DECODE_SECONDS["float32" if wide else "float16"] * pixels / gains.DECODE_PIXELS
     added = seconds * (EXACT_TILES_WORK - 1)
     if option.hold_on == "host":
-        held = held_elements(facts.vae.block_out_channels or DEFAULT_DECODER) * (4 if wide else 2)
+        held = held_elements(decoder_channels(facts)) * (4 if wide else 2)
         added += held * pixels / gains.COPY_RATES["page-locked"]
     return added
-
-
-def works_in_float32(facts: PipelineFacts) -> bool:
-    """Whether the VAE does, as its weights are or because it is cast."""
-    part = facts.component("vae")
-    if part is None or facts.vae is None:
-        return False
-    return part.dtype == "float32" or (facts.vae.force_upcast and part.dtype == "float16")
 
 
 def held_elements(channels: Sequence[int]) -> float:
