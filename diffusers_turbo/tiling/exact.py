@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .pictures import Hold, OnDevice, Picture
-from .statistics import forwards, normed_by
+from .statistics import forwards, moments, normed_by
 
 REFERENCE_CHANNELS = 256
 """Tiles have the pixels that are asked for where there are so many channels, and fewer where there are more."""
@@ -51,10 +51,10 @@ class Settled:
     def measure(self, input: Tensor) -> Tensor:
         """Take the statistics of the tile's own pixels, and stop."""
         self.wide = torch.promote_types(input.dtype, torch.float32)
-        own = input[0, :, self.own].to(self.wide)
-        variance, mean = torch.var_mean(own, dim=(1, 2), correction=0)
+        own = input[:, :, self.own]
+        mean, variance = moments(own)
         pooled_in = torch.float32 if input.device.type == "mps" else torch.float64  # which MPS does not know
-        self.seen.append((own[0].numel(), mean.to(pooled_in), variance.to(pooled_in)))
+        self.seen.append((own[0, 0].numel(), mean.to(pooled_in), variance.to(pooled_in)))
         raise _Measured
 
     def settle(self) -> None:

@@ -20,6 +20,26 @@ HOOKS = ("_hf_hook", "_diffusers_hook")
 """What offload hangs on a module whose weights come and go with its forward."""
 
 
+SMALLEST = 1e-30
+"""Variance of a constant channel, whose reciprocal root is still a number."""
+
+
+def moments(picture: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance by channel of `[1, C, h, W]`, each `[C]` and at least in float32.
+
+    For channels of a pixel that lie together CUDA's `var_mean` takes 512 MiB for partial results, and a float32 copy of
+    what is half as wide; a batch norm's statistics take one.
+    """
+    wide = torch.promote_types(picture.dtype, torch.float32)
+    if picture.is_cuda:
+        mean, reciprocal = torch.batch_norm_stats(picture, SMALLEST)
+        return mean, reciprocal.pow(-2)
+    if picture.is_meta:  # stands for CUDA, and knows no such operator
+        return picture.new_empty(picture.shape[1], dtype=wide), picture.new_empty(picture.shape[1], dtype=wide)
+    variance, mean = torch.var_mean(picture[0].to(wide), dim=(1, 2), correction=0)
+    return mean, variance
+
+
 def normed_by(per_channel: list[Tensor], input: Tensor, eps: float) -> Tensor:
     """Normalise `[1, C, ..]` by mean, variance and, if there are some, weight and bias, each `[C]`.
 

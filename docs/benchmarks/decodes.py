@@ -2,7 +2,8 @@
 
     python docs/benchmarks/decodes.py docs/benchmarks/decodes-<gpu>.json [--seconds 120] [--tiny]
 
-SD's and SDXL's autoencoder with random weights, in float16 and float32. The ways take turns, after two rounds that do
+SD's and SDXL's autoencoder with random weights, in float16 and float32, as diffusers has it and with the switches that
+plans take first on such a GPU. The ways take turns, after two rounds that do
 not count; memory is the allocator's peak above the weights, in the second of them. Out of memory is a result.
 `--tiny`: a small autoencoder on the CPU, to see that the script works.
 """
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
+from diffusers_turbo import turbo
 from diffusers_turbo.actions.held_pictures import HeldOnHost
 from diffusers_turbo.actions.tiled_calls import ExactDecode, TiledDecode
 from diffusers_turbo.bench.architectures import build
@@ -33,8 +36,29 @@ STEP = 8
 """Pixels per latent."""
 
 FP16, FP32 = torch.float16, torch.float32
-PLAIN, LAST = torch.contiguous_format, torch.channels_last
-JOBS = [(1024, FP32, LAST), (1024, FP16, LAST), (512, FP16, LAST), (1024, FP32, PLAIN), (2048, FP32, LAST)]
+SWITCHES = ("enable_channels_last", "enable_pointwise_matmul", "enable_fused_kernels")
+"""The instant tier's, without the graphs, which tiles go without."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Decodes of one size and dtype."""
+
+    side: int
+    dtype: torch.dtype
+    switched: bool
+
+    def __str__(self) -> str:
+        ours = "with fused kernels" if self.switched else "stock"
+        return f"{self.side}, {str(self.dtype).removeprefix('torch.')}, {ours}"
+
+
+JOBS = [
+    *(Job(side, dtype, True) for side, dtype in [(1024, FP32), (1024, FP16), (512, FP16)]),
+    Job(1024, FP32, False),
+    Job(1024, FP16, False),
+    Job(2048, FP32, True),
+]
 ROUNDS = 7
 
 Decode = Callable[[Tensor], Tensor]
@@ -120,30 +144,32 @@ def main() -> None:
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     device = "cpu" if given.tiny else "cuda"
-    if given.tiny:
-        vae = tiny.sd().vae
-    else:
+    pipe = turbo(tiny.sd())
+    if not given.tiny:
         described = build("sdxl", dtype=FP16, device="meta", text_encoders=False).vae
         with torch.device(device):
-            vae = type(described).from_config(described.config).eval()
+            pipe.register_modules(vae=type(described).from_config(described.config).eval())
+    pipe.to(device)
     jobs: dict[str, Any] = {}
     data = {"environment": read_environment(device, measure=not given.tiny), "jobs": jobs}
-    for side, dtype, layout in [(520, FP32, PLAIN)] if given.tiny else JOBS:
+    for job in [Job(520, FP32, False)] if given.tiny else JOBS:
         if time.monotonic() > until:
             break
-        vae.to(dtype=dtype).to(memory_format=layout)
-        size = (1, 4, side // STEP, side // STEP)
-        latents = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        found = measure(vae, latents, 1 if given.tiny else ROUNDS, until)
-        job = f"{side}, {str(dtype).removeprefix('torch.')}, {str(layout).removeprefix('torch.')}"
-        jobs[job] = found
+        pipe.vae.to(dtype=job.dtype)
+        for switch in SWITCHES if job.switched else ():
+            getattr(pipe, switch)()
+        size = (1, pipe.vae.config.latent_channels, job.side // STEP, job.side // STEP)
+        latents = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, job.dtype)
+        found = measure(pipe.vae, latents, 1 if given.tiny else ROUNDS, until)
+        pipe.turbo_undo()
+        jobs[str(job)] = found
         given.results.write_text(json.dumps(data, indent=1) + "\n")
         for name, row in found.items():
             told = (
                 f"{row.get('peak_bytes', 0) / 2**20:6.0f} MiB, {row.get('rmse_by_std', 0):.1e} of a standard deviation"
             )
             median = 1000 * row.get("median_s", float("nan"))
-            print(f"{job:32} {name:32} {median:8.1f} ms  {row.get('failed') or told}", flush=True)
+            print(f"{job!s:32} {name:32} {median:8.1f} ms  {row.get('failed') or told}", flush=True)
 
 
 if __name__ == "__main__":
