@@ -156,9 +156,15 @@ def _placement_in_force(ledger: Ledger) -> Placement | None:
 
 @dataclass
 class ReturnAfterCall:
-    """Call scope: when a call ends, the component goes back to host memory."""
+    """Call scope: when a call ends, the component goes back to host memory, unless something else moves it by then.
+
+    Attributes:
+        module: the component.
+        hook: what brings it to the device.
+    """
 
     module: nn.Module
+    hook: Any
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
@@ -166,7 +172,8 @@ class ReturnAfterCall:
         try:
             yield
         finally:
-            self.module.to("cpu")
+            if vars(self.module).get("_hf_hook") is self.hook:
+                self.module.to("cpu")
 
 
 def apply_model(pipe: Any, options: ModelOffload) -> Journal:
@@ -220,7 +227,7 @@ def apply_group(pipe: Any, options: GroupOffload) -> Journal:
 
             module = modules_of(pipe)[name]
             cpu_offload_with_hook(module, device)
-            journal.scopes.append(ReturnAfterCall(module))
+            journal.scopes.append(ReturnAfterCall(module, vars(module)["_hf_hook"]))
             journal.note(f"{name} is moved as a whole: its cast to float32 or its tiles do not go with group hooks")
         journal.note(f"{options.offload_type} groups wait on {arguments['offload_device']}, work happens on {device}")
     return journal

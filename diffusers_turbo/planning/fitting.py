@@ -136,9 +136,8 @@ def _why_taken(
         return f"No fused kernel keeps the score matrix out of memory here: {numbers}."
     if isinstance(option, VAEExactTiling):
         where = "wait in host memory" if option.hold_on == "host" else "stay on the device"
-        work = f"about as long as a decode again, {_seconds(chosen.tiling_seconds)} at the rates of an H100"
         how = f"The untiled picture from tiles; between the VAE's layers pictures {where}"
-        return f"{how}: the pipeline {numbers}. It takes {work}."
+        return f"{how}: the pipeline {numbers}. That adds {_seconds(chosen.tiling_seconds)} on an H100."
     time = _seconds(chosen.moving_seconds)
     seconds = f"up to {time} to a call of {situation.request.steps} steps at the bus rates of an H100"
     if isinstance(option, PartialOffload):

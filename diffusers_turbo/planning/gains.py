@@ -185,9 +185,12 @@ OFFLOAD_DENOISER_BYTES = 859_520_964 * 2
 OFFLOAD_BYTES = OFFLOAD_DENOISER_BYTES + 83_653_863 * 2
 """What was offloaded there: UNet and VAE in float16, without a text encoder."""
 
-DECODE_SECONDS = {"float16": 0.06, "float32": 0.11}
-"""The eager decode of `DECODE_PIXELS`; float32 as what is left for it of SDXL's 0.48 s with 3 steps, beside 2.18 s
-with 30. Source: H100, as above."""
+EXACT_TILES_SECONDS: dict[str, dict[tuple[int, str], float]] = {
+    "float32": {(256, "device"): 0.125, (256, "host"): 0.313, (128, "host"): 0.646},
+    "float16": {(256, "device"): 0.100, (256, "host"): 0.191, (128, "host"): 0.610},
+}
+"""What exact tiles add to the decode of `DECODE_PIXELS`, by their size and where pictures are held, beside the decode
+with fused kernels. Source: docs/benchmarks/decodes-h100.json."""
 
 DECODE_PIXELS = 1024**2
 

@@ -7,22 +7,15 @@ and GPU; elsewhere the order of the switches holds rather than the seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ..facts.pipeline import PipelineFacts
 from . import gains
-from .memory import decoder_channels, works_in_float32
+from .memory import works_in_float32
 from .options import GroupOffload, ModelOffload, Options, PartialOffload, SequentialOffload, VAEExactTiling
 
 STEPS = 30
 """Denoising steps of the call that is meant, where nobody says how many."""
-
-EXACT_TILES_WORK = 2.0
-"""Exact tiles compute so many times what a decode does, by the operations of SD's and SDXL's decoders at 512 to 2048
-pixels; counted in `tests/actions/test_exact_tiles.py`."""
-
-BLOCKS = 3
-"""Residual blocks of each of a decoder's levels, in every Stable Diffusion's autoencoder."""
 
 
 def added_seconds(
@@ -51,31 +44,10 @@ def tiling_seconds(facts: PipelineFacts, options: Iterable[Options], pixels: int
     option = next((option for option in options if isinstance(option, VAEExactTiling)), None)
     if option is None or facts.vae is None:
         return 0.0
-    wide = works_in_float32(facts)
-    seconds = gains.DECODE_SECONDS["float32" if wide else "float16"] * pixels / gains.DECODE_PIXELS
-    added = seconds * (EXACT_TILES_WORK - 1)
-    if option.hold_on == "host":
-        held = held_elements(decoder_channels(facts)) * (4 if wide else 2)
-        added += held * pixels / gains.COPY_RATES["page-locked"]
-    return added
-
-
-def held_elements(channels: Sequence[int]) -> float:
-    """Return how many numbers go between device and host for each pixel of a picture that is held there.
-
-    A residual block reads the picture before it once for each of its two norms and once to run, and writes its own;
-    the last layers read it twice.
-
-    >>> held_elements([128])
-    1792.0
-    """
-    total = 2.0 * channels[0]
-    below = channels[-1] / 4 ** (len(channels) - 1)
-    for level in reversed(range(len(channels))):
-        own = channels[level] / 4**level
-        total += 3 * below + own + (BLOCKS - 1) * 4 * own
-        below = own
-    return total
+    measured = gains.EXACT_TILES_SECONDS["float32" if works_in_float32(facts) else "float16"]
+    small, large = sorted({tile for tile, _ in measured})
+    seconds = measured[large, option.hold_on] if option.tile_size >= large else measured[small, "host"]
+    return seconds * pixels / gains.DECODE_PIXELS
 
 
 def missed_seconds(facts: PipelineFacts, steps: int = STEPS) -> float:

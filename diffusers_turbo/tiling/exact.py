@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pictures import Hold, OnDevice, Picture
+from .pictures import Hold, OnDevice, Picture, Seen
 from .statistics import forwards, moments, normed_by
 
 REFERENCE_CHANNELS = 256
@@ -31,6 +31,11 @@ class _Measured(Exception):
     """A tile has run as far as it was to."""
 
 
+def seen_of(rows: Tensor) -> Seen:
+    """Measure rows `[1, C, h, W]`."""
+    return Seen(rows[0, 0].numel(), *moments(rows))
+
+
 @dataclass(eq=False)
 class Settled:
     """One group norm, measured over the tiles of a picture and then applied with what was measured.
@@ -38,31 +43,29 @@ class Settled:
     Attributes:
         norm: the module.
         own: which rows of the next tile are its own.
-        seen: for each tile how many pixels it has, and their mean and variance by channel.
+        seen: what is known of each tile's own pixels.
         per_channel: mean, variance, weight and bias to apply.
     """
 
     norm: nn.GroupNorm
     own: slice = field(default_factory=lambda: slice(None))
-    seen: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     per_channel: list[Tensor] = field(default_factory=list)
     wide: torch.dtype = torch.float32
 
     def measure(self, input: Tensor) -> Tensor:
         """Take the statistics of the tile's own pixels, and stop."""
-        self.wide = torch.promote_types(input.dtype, torch.float32)
-        own = input[:, :, self.own]
-        mean, variance = moments(own)
-        pooled_in = torch.float32 if input.device.type == "mps" else torch.float64  # which MPS does not know
-        self.seen.append((own[0, 0].numel(), mean.to(pooled_in), variance.to(pooled_in)))
+        self.seen.append(seen_of(input[:, :, self.own]))
         raise _Measured
 
     def settle(self) -> None:
         """Pool what was seen, of all tiles and the channels of each group."""
-        means = torch.stack([mean for _, mean, _ in self.seen])
-        counts = means.new_tensor([count for count, _, _ in self.seen])
+        means, variances = (torch.stack(each) for each in zip(*(found[1:] for found in self.seen), strict=True))
+        self.wide = means.dtype
+        if means.device.type != "mps":  # which does not know it
+            means, variances = means.double(), variances.double()
+        counts = means.new_tensor([found.pixels for found in self.seen])
         shares = (counts / counts.sum())[:, None]
-        variances = torch.stack([variance for _, _, variance in self.seen])
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean).square())).sum(0)
         grouped = mean.view(self.norm.num_groups, -1)
@@ -116,8 +119,20 @@ class Stretch:
             x = layer(x, None) if hasattr(layer, "norm1") else layer(x)
         return x
 
-    def in_tiles(self, source: Picture, tile: int, hold: Hold) -> Picture:
-        """Run it over a picture in tiles of `tile` x `tile` pixels, or as many in another shape."""
+    @property
+    def begins_with_norm(self) -> bool:
+        """Whether its first norm is given the source as it is."""
+        return any(getattr(self.layers[0], "norm1", self.layers[0]) is norm for norm in self.norms[:1])
+
+    def in_tiles(self, source: Picture, tile: int, hold: Hold, *, measured: bool = False) -> Picture:
+        """Run it over a picture in tiles of `tile` x `tile` pixels, or as many in another shape.
+
+        Args:
+            source: the picture.
+            tile: side of a square of as many pixels.
+            hold: makes the result.
+            measured: whether to take the result's statistics as it is made, for a norm that is next.
+        """
         strips = self.strips(source.height, source.width, tile)
         if len(strips) == 1:
             return OnDevice(self(source.rows(0, source.height)))
@@ -126,10 +141,12 @@ class Stretch:
             return self(source.rows(strip.first * self.down, strip.last * self.down))
 
         settled = [Settled(norm) for norm in self.norms]
+        if self.begins_with_norm:
+            settled[0].seen = list(source.seen)
         for index, each in enumerate(settled):
             known: dict[nn.Module, Any] = {before.norm: before.apply for before in settled[:index]}
             with forwards({**known, each.norm: each.measure}):
-                for strip in strips:
+                for strip in () if each.seen else strips:
                     # before a layer that halves the picture there is no norm
                     each.own = strip.own(self.up)
                     with suppress(_Measured):
@@ -142,6 +159,8 @@ class Stretch:
                 if result is None:
                     result = hold(rows, strips[-1].bottom * self.up)
                 result.put(strip.top * self.up, rows)
+                if measured:
+                    result.seen.append(seen_of(rows))
                 del rows
         assert result is not None
         return result

@@ -7,6 +7,7 @@ over the whole picture, is at the resolution of the latents and runs as ever.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,8 +113,9 @@ def encode_in_tiles(encoder: Any, x: Tensor, tile: int, hold: Hold = OnDevice.li
 def _through(stretches: list[Stretch], begin: Callable[[], Tensor], tile: int, hold: Hold) -> Tensor:
     # made here: whoever had it for an argument would hold it to the end
     picture: Picture = OnDevice(begin())
-    for index, stretch in enumerate(stretches):
-        picture = stretch.in_tiles(picture, tile, hold if index + 1 < len(stretches) else OnDevice.like)
+    for stretch, following in pairwise(stretches):
+        picture = stretch.in_tiles(picture, tile, hold, measured=following.begins_with_norm)
+    picture = stretches[-1].in_tiles(picture, tile, OnDevice.like)
     return picture.rows(0, picture.height)
 
 

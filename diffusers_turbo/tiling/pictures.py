@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Seen(NamedTuple):
+    """How many pixels some rows have, and their mean and variance by channel, each `[C]`."""
+
+    pixels: int
+    mean: Tensor
+    variance: Tensor
+
+
 class Picture(Protocol):
-    """What a stretch begins or ends with, `[1, C, H, W]`."""
+    """What a stretch begins or ends with, `[1, C, H, W]`.
+
+    Attributes:
+        seen: what is known of the rows it was made of, all of them or none.
+    """
+
+    seen: list[Seen]
 
     @property
     def height(self) -> int:
@@ -42,6 +56,7 @@ class OnDevice:
     """A picture that lies on the device."""
 
     whole: Tensor
+    seen: list[Seen] = field(default_factory=list)
 
     @classmethod
     def like(cls, rows: Tensor, height: int) -> OnDevice:
@@ -85,6 +100,7 @@ class OnHost:
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
+    seen: list[Seen] = field(default_factory=list)
 
     @property
     def height(self) -> int:

@@ -21,7 +21,6 @@ from diffusers_turbo.bench.architectures import build
 from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.errors import NotSupportedError
 from diffusers_turbo.parity import distance
-from diffusers_turbo.planning.timing import EXACT_TILES_WORK, held_elements
 from diffusers_turbo.tiling import exact, halves
 from diffusers_turbo.tiling.exact import Settled
 from diffusers_turbo.tiling.halves import largest_held, stretches_of
@@ -154,10 +153,9 @@ def test_settled_statistics_are_those_of_the_whole(dtype):
     picture = (torch.randn(1, 16, 20, 24, generator=torch.Generator().manual_seed(0)) * 3 + 100).to(dtype)
     settled = Settled(norm)
     for rows in (slice(0, 7), slice(7, 20)):
-        for columns in (slice(0, 24),):
-            settled.core = (rows, columns)
-            with pytest.raises(exact._Measured):
-                settled.measure(picture)
+        settled.own = rows
+        with pytest.raises(exact._Measured):
+            settled.measure(picture)
     settled.settle()
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.1}[dtype]
     assert torch.allclose(settled.apply(picture), norm(picture), atol=tolerance, rtol=tolerance)
@@ -326,7 +324,7 @@ def full_size():
 
 
 @pytest.mark.parametrize("side", [512, 1024, 2048])
-def test_the_work_is_what_plans_reckon_with(full_size, side):
+def test_the_work_is_twice_a_decode(full_size, side):
     latents = torch.empty(1, 4, side // 8, side // 8, device="meta", dtype=torch.float16)
 
     def operations(decode):
@@ -337,11 +335,12 @@ def test_the_work_is_what_plans_reckon_with(full_size, side):
     whole = operations(lambda: full_size.decoder(latents))
     for hold_on in ("device", "host"):
         tiled = operations(lambda hold_on=hold_on: decoded(full_size, latents, 256, hold_on))
-        assert tiled / whole == pytest.approx(EXACT_TILES_WORK, rel=0.15)
+        assert tiled / whole == pytest.approx(2, rel=0.15)
 
 
 @pytest.mark.parametrize("side", [1024, 2048])
-def test_what_goes_to_the_host_and_back_is_what_plans_reckon_with(full_size, side, monkeypatch):
+def test_what_goes_to_the_host_and_back(full_size, side, monkeypatch):
+    """Statistics of a picture are taken as it is made, so that it comes back once less."""
     moved = []
     rows, put = OnHost.rows, OnHost.put
 
@@ -355,8 +354,7 @@ def test_what_goes_to_the_host_and_back_is_what_plans_reckon_with(full_size, sid
         OnHost, "put", lambda self, first, given: moved.append(given.numel()) or put(self, first, given)
     )
     decoded(full_size, torch.empty(1, 4, side // 8, side // 8, device="meta", dtype=torch.float16), 256, "host")
-    channels = full_size.config.block_out_channels
-    assert sum(moved) / side**2 == pytest.approx(held_elements(channels), rel=0.15)
+    assert 2000 < sum(moved) / side**2 < 2250
 
 
 def test_autoencoders_it_does_not_know_are_refused():

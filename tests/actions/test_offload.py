@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from peft import LoraConfig
 
 from diffusers_turbo import TurboError, turbo
@@ -97,6 +98,22 @@ def test_group_offload_moves_an_upcast_vae_as_a_whole():
     assert torch.equal(tiny.picture(pipe), stock)
     pipe.disable_offload()
     assert differences(before, state_of(pipe)) == []
+
+
+def test_what_another_offload_took_over_in_the_call_is_left_to_it():
+    """As when memory runs out under group offload, and offload by layers is the next step; its weights are meta."""
+    pipe = turbo(tiny.sdxl())
+    pipe.enable_half_precision("float16")
+    pipe.enable_group_offload("cpu", offload_type="leaf_level")
+    stock, hand_over = tiny.picture(pipe), pipe.unet.register_forward_hook(lambda *_: taken_over())
+
+    def taken_over() -> None:
+        hand_over.remove()
+        remove_hook_from_module(pipe.vae)
+        cpu_offload(pipe.vae, torch.device("cpu"))
+
+    assert torch.equal(tiny.picture(pipe), stock)
+    assert pipe.vae.decoder.conv_in.weight.device.type == "meta"
 
 
 def test_a_lora_loaded_under_offload_stays():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -86,7 +87,7 @@ def test_exact_tiles_come_before_lossy_ones_and_go_as_far_as_needed():
         taken[budget] = None if step is None else (step.options["hold_on"], step.options["tile_size"])
         assert "enable_vae_tiling" not in actions_of(made)
         if step is not None:
-            assert "about as long as a decode again" in step.reason
+            assert re.search(r"That adds [\d.]+ m?s on an H100", step.reason)
             assert ("wait in host memory" in step.reason) == (step.options["hold_on"] == "host")
     assert list(taken.values()) == [None, ("device", 256), ("host", 256), ("host", 128)]
     assert "Not needed" in reason_of(plan_on("H100", "sdxl"), "enable_vae_exact_tiling")
