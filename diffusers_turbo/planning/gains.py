@@ -109,6 +109,27 @@ TIER_GAINS: dict[str, TierGain] = {
 # the same network as SD1.5 but for the text's width
 TIER_GAINS["sd21"] = TIER_GAINS["sd15"]
 
+FLOAT32_TIER_GAINS: dict[str, TierGain] = {
+    "sd15": TierGain(
+        plain_ms=2484,
+        instant_ms=1532,
+        steps=50,
+        setting="SD1.5 in float32, 512x512, 50 steps, H100",
+        source="docs/benchmarks/float32-h100/results.json",
+    ),
+}
+"""The same for a denoiser in float32, whose convolutions are in TF32, as PyTorch has them by default."""
+FLOAT32_TIER_GAINS["sd21"] = FLOAT32_TIER_GAINS["sd15"]
+
+
+def tier_gain(family: str, dtype: str) -> TierGain | None:
+    """Return what the tiers give a family in a dtype, None where that was not measured.
+
+    >>> tier_gain("sdxl", "bfloat16") == TIER_GAINS["sdxl"], tier_gain("sdxl", "float32")
+    (True, None)
+    """
+    return (FLOAT32_TIER_GAINS if dtype == "float32" else TIER_GAINS).get(family)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutGain:

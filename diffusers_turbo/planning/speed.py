@@ -257,10 +257,10 @@ def judge_layout(situation: Situation, dtype: str, compiled: bool, tier: Tier, *
         return leave(option, f"No gain on a CPU: {plain} s a step (SD1.5, 512x512), {last} s channels-last.")
     if not device.tensor_cores:
         return leave(option, f"It pays on tensor cores, which {device.name} has not.")
-    if dtype == "float32":
-        return leave(option, "It pays for half precision on tensor cores; the denoiser runs in float32.")
-    if tier.name == "instant":
+    if tier.name == "instant" and (dtype != "float32" or device.tf32):
         return take(option, "The fused kernels work in this layout (instant tier).")
+    if dtype == "float32":
+        return leave(option, "It pays on tensor cores beside fused kernels; the denoiser runs in float32.")
     if lean:
         return take(option, "Memory is tight, and convolutions need less workspace in this layout.")
     gain = gains.LAYOUT_GAINS.get(facts.family)

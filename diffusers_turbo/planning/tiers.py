@@ -76,15 +76,23 @@ def settle_tier(situation: Situation, others: Sequence[Options], *, lean: bool) 
 
 def _why_not_by_default(situation: Situation) -> str | None:
     """Say why a plan takes no tier that it was not asked for, None where it does."""
-    facts, dtype = situation.pipeline, running_dtype(situation, judge_precision(situation))
-    if facts.family not in gains.TIER_GAINS:
-        return f"it has not been measured for this model ({facts.family})"
-    return None if dtype in _HALF else f"it has not been measured in {dtype}"
+    family = situation.pipeline.family
+    if family not in gains.TIER_GAINS:
+        return f"it has not been measured for this model ({family})"
+    return None if _gain(situation) is not None else f"it has not been measured for {family} in {_dtype(situation)}"
+
+
+def _dtype(situation: Situation) -> str:
+    return running_dtype(situation, judge_precision(situation))
+
+
+def _gain(situation: Situation) -> gains.TierGain | None:
+    return gains.tier_gain(situation.pipeline.family, _dtype(situation))
 
 
 def _fastest(situation: Situation) -> Tier:
     """Choose by the number of pictures, from measured figures."""
-    gain, images = gains.TIER_GAINS.get(situation.pipeline.family), situation.request.images
+    gain, images = _gain(situation), situation.request.images
     if gain is None:
         return Tier(name="instant", reason="nothing was measured to say when compiling pays here")
     measured = f"{gain.plain_ms} to {gain.instant_ms} ms a picture ({gain.setting}; {gain.source})"
@@ -157,6 +165,8 @@ def _kernels(situation: Situation) -> str | None:
         return f"{'; '.join(facts.refusals)}, which was not tried with them."
     if facts.shape.kind == "transformer":
         return "A transformer has few of the layers they fit, most of them in its VAE."
+    if _dtype(situation) == "float32" and not device.tf32:
+        return "They work channels-last, which pays in float32 on cards with TF32 only."
     return None
 
 
@@ -202,7 +212,7 @@ def _guidance(situation: Situation) -> str | None:
 
 
 def _pointwise(situation: Situation) -> str | None:
-    dtype = running_dtype(situation, judge_precision(situation))
+    dtype = _dtype(situation)
     if dtype not in _HALF:
         return f"In {dtype} convolutions may be set to use TF32 where products are not."
     return _unet(situation)

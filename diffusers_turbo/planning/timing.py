@@ -52,7 +52,7 @@ def tiling_seconds(facts: PipelineFacts, options: Iterable[Options], pixels: int
 
 def missed_seconds(facts: PipelineFacts, steps: int = STEPS) -> float:
     """Return the seconds a call takes longer without the instant tier, 0 where that was not measured."""
-    gain = gains.TIER_GAINS.get(facts.family)
+    gain = gains.tier_gain(facts.family, facts.denoiser_facts.dtype)
     return 0.0 if gain is None else (gain.plain_ms - gain.instant_ms) / 1000 * steps / gain.steps
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import statistics
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers_turbo.errors import InvalidOptionError
 from diffusers_turbo.facts.pipeline import read_pipeline
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
-from diffusers_turbo.planning.gains import FUSED_GAINS, TIER_GAINS
+from diffusers_turbo.planning.gains import FLOAT32_TIER_GAINS, FUSED_GAINS, TIER_GAINS
 from diffusers_turbo.planning.memory import FIXED_BYTES, estimate_memory
 from diffusers_turbo.planning.options import ChannelsLast, CUDAGraphs
 from diffusers_turbo.planning.planner import make_plan
@@ -59,7 +60,7 @@ def test_what_was_measured_is_the_default(name):
     ("facts", "why"),
     [
         (facts_of("pixart"), "it has not been measured for this model"),
-        (facts_of("sd15", dtype="float32"), "it has not been measured in float32"),
+        (facts_of("sdxl", dtype="float32"), "it has not been measured for sdxl in float32"),
     ],
     ids=["pixart", "float32"],
 )
@@ -68,6 +69,23 @@ def test_what_was_not_measured_has_to_be_asked_for(facts, why):
     assert taken(made) & ONLY_OF_TIERS == set()
     assert why in reason(made, "enable_cuda_graphs")
     assert "enable_cuda_graphs" in taken(plan(facts, H100, tier="instant"))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_in_float32_what_was_measured_is_the_default(name):
+    made, gain = plan(facts_of(name, dtype="float32"), H100), FLOAT32_TIER_GAINS[name]
+    switches = {
+        case: {switch["action"] for switch in found["switches"]}
+        for case, found in tomllib.loads((ROOT / "docs" / "benchmarks" / "float32.toml").read_text()).items()
+    }
+    assert taken(made) & (ONLY_OF_TIERS | {"enable_channels_last", "fuse_qkv_projections"}) == switches["kernels"]
+    assert f"instant tier: {gain.plain_ms} to {gain.instant_ms} ms a picture" in " ".join(made.notes)
+    rows = rows_of(gain.source)
+    assert (gain.plain_ms, gain.instant_ms) == (milliseconds(rows["stock"]), milliseconds(rows["kernels"]))
+    no_tf32 = dataclasses.replace(H100, refusals={**H100.refusals, "tf32": "said so"})
+    without = plan(facts_of(name, dtype="float32"), no_tf32)
+    assert "beside fused kernels" in reason(without, "enable_channels_last")
+    assert "with TF32 only" in reason(without, "enable_fused_kernels")
 
 
 def test_instant_on_sd15():
