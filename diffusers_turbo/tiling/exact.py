@@ -51,7 +51,6 @@ class Settled:
     own: slice = field(default_factory=lambda: slice(None))
     seen: list[Seen] = field(default_factory=list)
     per_channel: list[Tensor] = field(default_factory=list)
-    wide: torch.dtype = torch.float32
 
     def measure(self, input: Tensor) -> Tensor:
         """Take the statistics of the tile's own pixels, and stop."""
@@ -61,7 +60,7 @@ class Settled:
     def settle(self) -> None:
         """Pool what was seen, of all tiles and the channels of each group."""
         means, variances = (torch.stack(each) for each in zip(*(found[1:] for found in self.seen), strict=True))
-        self.wide = means.dtype
+        wide = means.dtype
         if means.device.type != "mps":  # which does not know it
             means, variances = means.double(), variances.double()
         counts = means.new_tensor([found.pixels for found in self.seen])
@@ -71,9 +70,9 @@ class Settled:
         grouped = mean.view(self.norm.num_groups, -1)
         center = grouped.mean(1, keepdim=True)
         spread = variance.view_as(grouped).mean(1, keepdim=True) + (grouped - center).square().mean(1, keepdim=True)
-        self.per_channel = [each.expand_as(grouped).flatten().to(self.wide) for each in (center, spread)]
+        self.per_channel = [each.expand_as(grouped).flatten().to(wide) for each in (center, spread)]
         if self.norm.affine:
-            self.per_channel += [part.to(mean.device, self.wide) for part in (self.norm.weight, self.norm.bias)]
+            self.per_channel += [part.to(mean.device, wide) for part in (self.norm.weight, self.norm.bias)]
 
     def apply(self, input: Tensor) -> Tensor:
         """Normalise `[1, C, ..]` by the pooled statistics."""
@@ -122,7 +121,7 @@ class Stretch:
     @property
     def begins_with_norm(self) -> bool:
         """Whether its first norm is given the source as it is."""
-        return any(getattr(self.layers[0], "norm1", self.layers[0]) is norm for norm in self.norms[:1])
+        return bool(self.norms) and getattr(self.layers[0], "norm1", self.layers[0]) is self.norms[0]
 
     def in_tiles(self, source: Picture, tile: int, hold: Hold, *, measured: bool = False) -> Picture:
         """Run it over a picture in tiles of `tile` x `tile` pixels, or as many in another shape.
@@ -144,13 +143,14 @@ class Stretch:
         if self.begins_with_norm:
             settled[0].seen = list(source.seen)
         for index, each in enumerate(settled):
-            known: dict[nn.Module, Any] = {before.norm: before.apply for before in settled[:index]}
-            with forwards({**known, each.norm: each.measure}):
-                for strip in () if each.seen else strips:
-                    # before a layer that halves the picture there is no norm
-                    each.own = strip.own(self.up)
-                    with suppress(_Measured):
-                        run(strip)
+            if not each.seen:
+                known: dict[nn.Module, Any] = {before.norm: before.apply for before in settled[:index]}
+                with forwards({**known, each.norm: each.measure}):
+                    for strip in strips:
+                        # before a layer that halves the picture there is no norm
+                        each.own = strip.own(self.up)
+                        with suppress(_Measured):
+                            run(strip)
             each.settle()
         result: Picture | None = None
         with forwards({each.norm: each.apply for each in settled}):
