@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -232,7 +233,8 @@ class TestFullSize:
             assert distance(self.picture(pipe), stock).psnr_db >= 40
         pipe.turbo_undo()
         peaks = [peak for _, peak, _, _ in found]
-        assert peaks == sorted(peaks)
+        # where the decode is the peak, all shares are alike but for how its blocks come to lie
+        assert all(more >= less - MIB for less, more in pairwise(peaks))
         for share, peak, _, window in found:
             # text encoders and the decode may be the peak; activations at 512 pixels are below 900 MiB
             assert peak <= max(peaks[0], whole * share + window + 900 * MIB)
