@@ -1,7 +1,7 @@
 """Five sizes in turn on compiled pipelines: what they cost to compile, and what code for all sizes costs a picture.
 
     python docs/benchmarks/sizes.py MODEL RESULTS.json [--sizes 512x512 512x768 ...] [--steps 50] [--scheduler ddim]
-                                    [--rounds 7] [--seconds N] [--only dynamic static instant]
+                                    [--rounds 7] [--seconds N] [--only dynamic static instant] [--without ACTION ...]
 
 MODEL is a folder or "arch:sd15", a size is WIDTHxHEIGHT. One process holds up to three pipelines: "dynamic" is the
 compiled tier, whose second size is compiled for all sizes; "static" is the same with `dynamic=False`, a compilation of
@@ -14,7 +14,8 @@ pipelines have in common, such as the first size's code, is in Inductor's cache 
 
 To fill Inductor's cache for a later run: `--rounds 0 --steps 2 --only static --sizes 640x640`, a process for each size
 if need be. What "dynamic" compiles depends on the order of the sizes: `--only dynamic` needs all of them. On the CPU
-there are neither graphs nor an instant tier.
+there are neither graphs nor an instant tier. `--without enable_shared_guidance`: leave a switch out, for a model that
+refuses it.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def size(text: str) -> Size:
     return Size(int(width), int(height))
 
 
-def make_case(name: str, cuda: bool) -> Case:
-    """Return a pipeline's switches: the compiled tier written out, or the instant tier's plan."""
+def make_case(name: str, cuda: bool, without: list[str]) -> Case:
+    """Return a pipeline's switches: the compiled tier written out, without some, or the instant tier's plan."""
     if name == "instant":
         return Case(name=name, auto={"tier": "instant"})
     dynamic = None if name == "dynamic" else False
@@ -82,7 +83,7 @@ def make_case(name: str, cuda: bool) -> Case:
         Switch(action="enable_prompt_projections"),
         Switch(action="enable_shared_guidance"),
     )
-    return Case(name=name, switches=switches)
+    return Case(name=name, switches=tuple(switch for switch in switches if switch.action not in without))
 
 
 class Contender:
@@ -189,11 +190,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no round after this long")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="pipelines to hold")
+    parser.add_argument("--without", nargs="+", default=[], metavar="ACTION", help="switches to leave out")
     given = parser.parse_args()
     if len(given.sizes) > MOST:
         parser.error(f"at most {MOST} sizes: that many graphs are kept")
     cuda = torch.cuda.is_available()
-    cases = tuple(make_case(name, cuda) for name in NAMES if name in given.only and (cuda or name != "instant"))
+    names = [name for name in NAMES if name in given.only and (cuda or name != "instant")]
+    cases = tuple(make_case(name, cuda, given.without) for name in names)
     job = Job(
         model=given.model,
         cases=cases,
@@ -209,6 +212,7 @@ def main() -> None:
         "steps": given.steps,
         "scheduler": given.scheduler,
         "sizes": [str(size) for size in given.sizes],
+        "without": given.without,
         "environment": read_environment(job.device, measure=False),
     }
 
