@@ -194,6 +194,9 @@ def main() -> None:
     given = parser.parse_args()
     if len(given.sizes) > MOST:
         parser.error(f"at most {MOST} sizes: that many graphs are kept")
+    unknown = set(given.without) - {switch.action for switch in make_case("static", True, []).switches}
+    if unknown:
+        parser.error(f"not a switch of the compiled tier: {', '.join(sorted(unknown))}")
     cuda = torch.cuda.is_available()
     names = [name for name in NAMES if name in given.only and (cuda or name != "instant")]
     cases = tuple(make_case(name, cuda, given.without) for name in names)
