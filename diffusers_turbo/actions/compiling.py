@@ -33,13 +33,7 @@ class CompiledCall:
 
     def install(self) -> None:
         """Compile the module in place, and put the watch around its compiled call."""
-        self.module.compile(**self.arguments)
-        self.compiled = WatchedCall(
-            self.module,
-            vars(self.module)[COMPILED],
-            all_sizes=self.arguments["dynamic"] is None,
-            must_compile=self.arguments["fullgraph"],
-        )
+        self.compiled = WatchedCall.of(self.module, **self.arguments)
         setattr(self.module, COMPILED, self.compiled)
 
     def revert(self) -> str | None:

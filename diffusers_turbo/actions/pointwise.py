@@ -30,7 +30,7 @@ class PointwiseProduct:
             return type(self.conv).forward(self.conv, x, *args, **kwargs)
         # of two dimensions, so that cuBLAS adds the bias itself
         product = F.linear(pixels.flatten(0, 2), self.conv.weight.flatten(1), self.conv.bias)
-        return product.view(*pixels.shape[:3], -1).movedim(-1, 1)
+        return product.view(*pixels.shape[:3], product.shape[-1]).movedim(-1, 1)
 
 
 def apply(pipe: Any, options: PointwiseMatmul) -> Journal:

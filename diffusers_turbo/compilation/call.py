@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from ..errors import in_one_line, with_causes
 from .counts import Counts
-from .sizes import MovingAxes
+from .sizes import MovingAxes, joining, smallest_step
 
 logger = logging.getLogger("diffusers_turbo")
 
@@ -24,13 +24,15 @@ class WatchedCall:
     result, the compiler was to blame, and the module runs eagerly from then on.
     """
 
-    def __init__(self, module: nn.Module, compiled: Callable[..., Any], *, all_sizes: bool, must_compile: bool) -> None:
+    def __init__(
+        self, module: nn.Module, compiled: Callable[..., Any], *, axes: MovingAxes | None, must_compile: bool
+    ) -> None:
         """Wrap `compiled`, the call that torch made of `module`.
 
         Args:
             module: whose call it is.
-            compiled: what `module.compile()` put on it.
-            all_sizes: mark the arguments, so that the second size is compiled for all sizes.
+            compiled: `torch.compile(module._call_impl)`, or of `joining` it where the axes make pieces.
+            axes: marks the arguments, so that the second size is compiled for all sizes; None leaves them alone.
             must_compile: let every error through.
         """
         self.module = module
@@ -39,7 +41,15 @@ class WatchedCall:
         self.must_compile = must_compile
         self.counts = Counts()
         self.failure: str | None = None
-        self._axes = MovingAxes() if all_sizes else None
+        self._axes = axes
+
+    @classmethod
+    def of(cls, module: nn.Module, *, dynamic: bool | None, fullgraph: bool, **arguments: Any) -> Self:
+        """Let torch compile a module's call, at its first call, with these arguments of `torch.compile`."""
+        axes = MovingAxes(smallest_step(module)) if dynamic is None else None
+        call = module._call_impl if axes is None or axes.step == 1 else joining(module._call_impl)
+        compiled = torch.compile(call, dynamic=dynamic, fullgraph=fullgraph, **arguments)
+        return cls(module, compiled, axes=axes, must_compile=fullgraph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module: compiled, as long as the compiler does not fail."""

@@ -2,15 +2,23 @@
 
 Left to itself (`dynamic=None`), Dynamo makes an axis dynamic once it has seen it change, so pictures that first become
 wider and then higher are compiled three times. Height and width are one thing here: when either changes, both may.
+
+A UNet halves the sides it is given, rounding up, once a level, and the compiler carries `(s - 1) // 2 + 1` of each
+level through all that follows: it takes minutes, and fails where it has to divide the number of tokens by one of them.
+So a picture whose sides are multiples of the deepest level goes in as pieces `[B, C, H / m, m, W / m, m]`, and the
+compiled code begins by joining them: its sides are `m * s`, which can be halved without a remainder.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+MIN_PICTURE_RANK = 4
 
 
 def axis_kinds(rank: int) -> tuple[str | None, ...]:
@@ -19,17 +27,45 @@ def axis_kinds(rank: int) -> tuple[str | None, ...]:
     >>> axis_kinds(4), axis_kinds(3)
     (('batch', None, 'size', 'size'), ('batch', 'length', None))
     """
-    if rank >= 4:  # [B, C, H, W], [B, C, F, H, W]
+    if rank >= MIN_PICTURE_RANK:  # [B, C, H, W], [B, C, F, H, W]
         return ("batch", None, *("size",) * (rank - 2))
     return ((), ("batch",), ("batch", None), ("batch", "length", None))[rank]  # [B], [B, C], [B, N, C]
+
+
+class Pieces(NamedTuple):
+    """A picture `[..., H, W]` as a view `[..., H / m, m, W / m, m]`."""
+
+    tensor: Tensor
+
+
+def smallest_step(module: nn.Module) -> int:
+    """Return what the sides of a module's pictures have to be multiples of, to be halved at each level: 8 for SD1.5."""
+    return int(2 ** getattr(module, "num_upsamplers", 0))
+
+
+def joining(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `call` for arguments of which some may be `Pieces`."""
+
+    def join_and_call(*args: Any, **kwargs: Any) -> Any:
+        return call(*map(_joined, args), **{name: _joined(value) for name, value in kwargs.items()})
+
+    return join_and_call
+
+
+def _joined(value: Any) -> Any:
+    if not isinstance(value, Pieces):
+        return value
+    *first, rows, step, columns, _ = value.tensor.shape
+    return value.tensor.reshape(*first, rows * step, columns * step)
 
 
 class MovingAxes:
     """The kinds of axes of one module's calls that were seen with another extent than in its first call."""
 
-    def __init__(self) -> None:
-        """Nothing seen yet."""
+    def __init__(self, step: int = 1) -> None:
+        """Nothing seen yet; with a step above 1, pictures whose sides are multiples of it go in as `Pieces`."""
         self.moving: frozenset[str] = frozenset()
+        self.step = step
         self._first: dict[tuple[int, int], torch.Size] = {}
 
     def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -41,8 +77,9 @@ class MovingAxes:
         leaves, structure = tree_flatten((args, kwargs))
         shapes = {place: leaf.shape for place, leaf in enumerate(leaves) if type(leaf) is Tensor}
         moving = self._moving_in(shapes)
+        sample = next((place for place, shape in shapes.items() if len(shape) >= MIN_PICTURE_RANK), None)
         for place in shapes:
-            leaves[place] = _mark(leaves[place], moving)
+            leaves[place] = (self._in_pieces if place == sample else _mark)(leaves[place], moving)
         marked: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
         return marked
 
@@ -55,16 +92,32 @@ class MovingAxes:
             self.moving |= {kind for kind, old, new in kinds if kind is not None and old != new}
         return self.moving if changed else frozenset()
 
+    def _in_pieces(self, sample: Tensor, moving: frozenset[str]) -> Tensor | Pieces:
+        """Return the picture that the module is given, marked; in pieces where its sides may change."""
+        # of a single piece the compiler would not believe that there may be more
+        divisible = all(side % self.step == 0 and side > self.step for side in sample.shape[-2:])
+        if self.step == 1 or "size" not in moving or not divisible or _left_alone(sample):
+            return _mark(sample, moving)
+        *first, rows, columns = axis_kinds(sample.dim())
+        pieces = sample.detach()
+        for axis in (-1, -3):
+            pieces = pieces.unflatten(axis, (-1, self.step))  # type: ignore[no-untyped-call]
+        return Pieces(_mark(pieces, moving, (*first, rows, None, columns, None)))
 
-def _mark(tensor: Tensor, moving: frozenset[str]) -> Tensor:
-    # what the caller marked is the caller's decision; one that learns would lose its history
-    if tensor.requires_grad or not tensor.dim() or any(name.startswith("_dynamo") for name in vars(tensor)):
+
+def _mark(tensor: Tensor, moving: frozenset[str], kinds: tuple[str | None, ...] | None = None) -> Tensor:
+    if _left_alone(tensor):
         return tensor
     # not a view: of a view Dynamo looks at the base as well, which carries no marks
     alias = tensor.detach()
-    for axis, kind in enumerate(axis_kinds(tensor.dim())):
+    for axis, kind in enumerate(kinds or axis_kinds(tensor.dim())):
         if kind in moving:
             torch._dynamo.maybe_mark_dynamic(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
         else:
             torch._dynamo.mark_static(alias, axis)  # type: ignore[no-untyped-call, unused-ignore]
     return alias
+
+
+def _left_alone(tensor: Tensor) -> bool:
+    """Whether to pass a tensor on as it is: what the caller marked is the caller's; one that learns has a history."""
+    return tensor.requires_grad or not tensor.dim() or any(name.startswith("_dynamo") for name in vars(tensor))

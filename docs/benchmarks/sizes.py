@@ -4,10 +4,11 @@
                                     [--rounds 7] [--seconds N] [--only dynamic static instant] [--without ACTION ...]
 
 MODEL is a folder or "arch:sd15", a size is WIDTHxHEIGHT. One process holds up to three pipelines: "dynamic" is the
-compiled tier, whose second size is compiled for all sizes; "static" is the same with `dynamic=False`, a compilation of
-its own for each size; "instant" is the tier that compiles nothing. At each size in turn every pipeline draws two
-pictures: the first compiles, the second records the decoder's graph, as graphs are recorded at second sight. Then come
-rounds, in which sizes and pipelines take turns, one call each. No round begins after --seconds.
+compiled tier as the planner has it, whose second size is compiled for all sizes; "static" is the same with
+`dynamic=False`, a compilation of its own for each size; "instant" is the tier that compiles nothing. At each size in
+turn every pipeline draws two pictures: the first compiles, the second records the decoder's graph, as graphs are
+recorded at second sight. Then come rounds, in which sizes and pipelines take turns, one call each. No round begins
+after --seconds.
 
 First pictures are seconds of a process, not of a pipeline: the first one of all also loads the libraries, and what the
 pipelines have in common, such as the first size's code, is in Inductor's cache once "dynamic" has made it.
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from diffusers_turbo import DeviceFacts, plan, probe
 from diffusers_turbo.actions.ahead import graphs_of
 from diffusers_turbo.actions.calls import COMPILED, calls_from
 from diffusers_turbo.bench.cases import Case, Switch
@@ -46,6 +48,7 @@ NAMES = ("dynamic", "static", "instant")
 SIZES = ("512x512", "512x768", "768x512", "640x640", "768x768")
 MOST = CUDAGraphs().max_graphs
 """Sizes whose graphs are kept, one a size for each network; the instant tier takes this default, too."""
+ONLY_CUDA = ("enable_sync_free_loop", "enable_cuda_graphs")
 VARIANTS = 64
 """Codes that Dynamo may keep of one function. Both compiled pipelines run the same `forward` of the same class: its
 five static codes and two dynamic ones are near the default of 8, beyond which calls run eagerly."""
@@ -68,30 +71,39 @@ def size(text: str) -> Size:
     return Size(int(width), int(height))
 
 
-def make_case(name: str, cuda: bool, without: list[str]) -> Case:
-    """Return a pipeline's switches: the compiled tier written out, without some, or the instant tier's plan."""
+def make_case(name: str, pipe: Any, job: Job, without: set[str]) -> Case:
+    """Return a pipeline's switches: what the planner takes for the compiled tier without some, or the instant tier."""
     if name == "instant":
         return Case(name=name, auto={"tier": "instant"})
-    dynamic = None if name == "dynamic" else False
-    switches = (
-        Switch(action="enable_channels_last"),
-        Switch(action="fuse_qkv_projections"),
-        Switch(action="compile_unet", options={"dynamic": dynamic}),
-        Switch(action="compile_vae", options={"dynamic": dynamic}),
-        *((Switch(action="enable_sync_free_loop"), Switch(action="enable_cuda_graphs")) if cuda else ()),
-        Switch(action="enable_time_projections"),
-        Switch(action="enable_prompt_projections"),
-        Switch(action="enable_shared_guidance"),
+    cuda = job.device == "cuda"
+    facts = probe("cuda") if cuda else DeviceFacts.card("H100")
+    steps = plan(pipe, facts, tier="compiled", height=job.height, width=job.width).steps
+    unknown = without - {step.action for step in steps}
+    if unknown:
+        raise SystemExit(f"not a switch of the compiled tier: {', '.join(sorted(unknown))}")
+    left_out = without | (set() if cuda else set(ONLY_CUDA))
+    fixed = {"dynamic": False} if name == "static" else {}
+    return Case(
+        name=name,
+        switches=tuple(
+            Switch(
+                action=step.action,
+                options={**step.options, **(fixed if step.action.startswith("compile_") else {})},
+            )
+            for step in steps
+            if step.action not in left_out
+        ),
     )
-    return Case(name=name, switches=tuple(switch for switch in switches if switch.action not in without))
 
 
 class Contender:
     """A pipeline, and what was found out about it."""
 
-    def __init__(self, case: Case, job: Job) -> None:
+    def __init__(self, name: str, job: Job, without: set[str]) -> None:
         """Load the pipeline and throw its switches."""
-        self.pipe = apply_case(load_for(job, case), case, job)
+        pipe = load_for(job, Case(name=name))
+        self.case = make_case(name, pipe, job, without)
+        self.pipe = apply_case(pipe, self.case, job)
         self.device, self.steps = torch.device(job.device), job.steps
         self.first_s: dict[str, list[float]] = {}
         self.compilations: dict[str, dict[str, dict[str, int]]] = {}
@@ -194,15 +206,11 @@ def main() -> None:
     given = parser.parse_args()
     if len(given.sizes) > MOST:
         parser.error(f"at most {MOST} sizes: that many graphs are kept")
-    unknown = set(given.without) - {switch.action for switch in make_case("static", True, []).switches}
-    if unknown:
-        parser.error(f"not a switch of the compiled tier: {', '.join(sorted(unknown))}")
     cuda = torch.cuda.is_available()
     names = [name for name in NAMES if name in given.only and (cuda or name != "instant")]
-    cases = tuple(make_case(name, cuda, given.without) for name in names)
     job = Job(
         model=given.model,
-        cases=cases,
+        cases=tuple(Case(name=name) for name in names),
         height=max(size.height for size in given.sizes),
         width=max(size.width for size in given.sizes),
         steps=given.steps,
@@ -219,7 +227,8 @@ def main() -> None:
         "environment": read_environment(job.device, measure=False),
     }
 
-    contenders = {case.name: Contender(case, job) for case in cases}
+    contenders = {name: Contender(name, job, set(given.without)) for name in names}
+    results["switches"] = {name: [each.action for each in made.case.switches] for name, made in contenders.items()}
 
     def save() -> None:
         results["pipelines"] = {name: contender.as_dict() for name, contender in contenders.items()}

@@ -51,7 +51,7 @@ class Process:
         self.store = store
         store.made.clear()
         module = model or nn.Linear(2, 2)
-        self.call = WatchedCall(module, module.forward, all_sizes=False, must_compile=False)
+        self.call = WatchedCall(module, module.forward, axes=None, must_compile=False)
         self.scope = KeptOnDisk(module, CompileUNet(cache_dir=folder), [SimpleNamespace(compiled=self.call)])
 
     def run(self, *makes: str) -> None:

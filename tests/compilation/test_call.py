@@ -29,10 +29,9 @@ def failing(error: BaseException) -> Any:
     return backend
 
 
-def watched(backend: Any, *, must_compile: bool = False, all_sizes: bool = True, **arguments: Any) -> WatchedCall:
+def watched(backend: Any, *, must_compile: bool = False, dynamic: bool | None = None) -> WatchedCall:
     module = Double()
-    module.compile(backend=backend, **arguments)
-    call = WatchedCall(module, module._compiled_call_impl, all_sizes=all_sizes, must_compile=must_compile)
+    call = WatchedCall.of(module, backend=backend, fullgraph=must_compile, dynamic=dynamic)
     module._compiled_call_impl = call
     return call
 
@@ -67,7 +66,7 @@ def test_a_failure_that_shows_when_the_compiled_code_first_runs_is_the_compilers
 
 @torch.no_grad()
 def test_with_must_compile_the_error_goes_through():
-    call = watched(failing(AssertionError("no such instruction")), must_compile=True, fullgraph=True)
+    call = watched(failing(AssertionError("no such instruction")), must_compile=True)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such instruction"):
         call.module(torch.ones(2, 3))
     assert call.compiled is not None
@@ -113,7 +112,7 @@ def test_an_error_in_a_call_that_compiled_nothing_is_not_tried_again():
         runs.append(x)
         raise ValueError("at run time")
 
-    call = WatchedCall(Double(), compiled, all_sizes=False, must_compile=False)
+    call = WatchedCall(Double(), compiled, axes=None, must_compile=False)
     with pytest.raises(ValueError, match="at run time"):
         call(torch.ones(2, 3))
     assert len(runs) == 1
@@ -122,7 +121,7 @@ def test_an_error_in_a_call_that_compiled_nothing_is_not_tried_again():
 
 @torch.no_grad()
 def test_the_recompile_limit_is_told(caplog):
-    call = watched("eager", all_sizes=False, dynamic=False)
+    call = watched("eager", dynamic=False)
     limit = torch._dynamo.config.recompile_limit
     for size in range(2, limit + 2):
         call.module(torch.ones(size, 3))

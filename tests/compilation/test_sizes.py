@@ -9,19 +9,19 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from diffusers_turbo import turbo
 from diffusers_turbo.compilation.call import WatchedCall
-from diffusers_turbo.compilation.sizes import MovingAxes
+from diffusers_turbo.compilation.sizes import MovingAxes, Pieces, joining, smallest_step
+from diffusers_turbo.parity import distance
 from tests import dynamo, tiny
 from tests.compilation import micro
 
 SIZES = [(8, 8), (12, 12), (8, 12), (12, 8), (16, 8), (8, 8)]
+PIXELS = [(64, 64), (96, 64), (64, 128)]
 
 
-def compiled(module: nn.Module, *, all_sizes: bool = True, backend: Any = "eager") -> nn.Module:
-    module.compile(backend=backend)
-    module._compiled_call_impl = WatchedCall(
-        module, module._compiled_call_impl, all_sizes=all_sizes, must_compile=False
-    )
+def compiled(module: nn.Module, *, backend: Any = "eager") -> nn.Module:
+    module._compiled_call_impl = WatchedCall.of(module, backend=backend, dynamic=None, fullgraph=False)
     return module
 
 
@@ -38,7 +38,7 @@ class Areas(nn.Module):
 
 @torch.no_grad()
 def test_any_sizes_of_a_module():
-    module, left_alone = compiled(Areas()), compiled(Areas(), all_sizes=False)
+    module, left_alone = compiled(Areas()), torch.compile(Areas(), backend="eager")
     for height, width in SIZES:
         x = torch.randn(2, 4, height, width)
         assert torch.equal(module(x), x.flatten(2) * 2)
@@ -81,6 +81,63 @@ def test_five_sizes_of_a_decoder():
         latents = torch.randn(2, 4, height, width)
         torch.testing.assert_close(decoder(latents), decoder._call_impl(latents))
     assert graphs() == 2
+
+
+@pytest.fixture
+def symbols():
+    """A backend that keeps the extents of all that a graph computes, those that are not numbers."""
+    found: list[set[str]] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+        found.append({str(extent) for shape in shapes for extent in shape if isinstance(extent, torch.SymInt)})
+        return graph.forward
+
+    return found, backend
+
+
+DIVISIONS = ("//", "/", "Mod", "floor", "**(-")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_no_size_of_a_unet_is_a_quotient(symbols):
+    """Inductor gives up where it has to divide a number of tokens by `(s - 1) // 2 + 1`."""
+    found, backend = symbols
+    pipe = turbo(tiny.sd())
+    stock = [tiny.picture(pipe, height=height, width=width) for height, width in PIXELS]
+    pipe.enable_channels_last()
+    pipe.enable_pointwise_matmul()
+    pipe.fuse_qkv_projections()
+    pipe.enable_prompt_projections()
+    compiled(pipe.unet, backend=backend)
+    for expected, (height, width) in zip(stock, PIXELS, strict=True):
+        assert distance(tiny.picture(pipe, height=height, width=width), expected).psnr_db >= 90
+    first, second = found
+    assert first == set()
+    assert len(second) >= 8
+    assert [extent for extent in second if any(division in extent for division in DIVISIONS)] == []
+    # what the pieces are for: the last size has none, since its sides are no multiples of two
+    assert smallest_step(pipe.unet) == 2
+    tiny.picture(pipe, height=72, width=88)
+    assert any("//" in extent for extent in found[-1])
+
+
+def test_pieces_are_what_a_module_gets_that_halves_its_sides():
+    axes, context = MovingAxes(step=2), torch.empty(2, 5, 8)
+    shapes = [(2, 4, 8, 8), (2, 4, 8, 12), (2, 4, 8, 10), (2, 4, 9, 8), (2, 4, 2, 8), (2, 4, 8, 8)]
+    pieces = [axes.marked((torch.empty(shape), context), {})[0][0] for shape in shapes]
+    assert [type(each) for each in pieces] == [torch.Tensor, Pieces, Pieces, torch.Tensor, torch.Tensor, torch.Tensor]
+    assert pieces[1].tensor.shape == (2, 4, 4, 2, 6, 2)
+    assert pieces[1].tensor._dynamo_weak_dynamic_indices == {2, 4}
+    picture = torch.randn(2, 4, 8, 12).contiguous(memory_format=torch.channels_last)
+    (again, same), named = axes.marked((picture, context), {"residual": picture.clone()})
+    joined = joining(lambda *args, **kwargs: (args, kwargs))(again, same, **named)
+    assert torch.equal(joined[0][0], picture)
+    assert joined[0][0].stride() == picture.stride()
+    assert joined[0][0].data_ptr() == picture.data_ptr()
+    assert type(named["residual"]) is torch.Tensor
 
 
 def marks(*shapes: tuple[int, ...]) -> list[set[int]]:
