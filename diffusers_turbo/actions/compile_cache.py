@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -28,6 +29,9 @@ from ..planning.units import MIB
 from ..trusted import private_folder
 
 logger = logging.getLogger("diffusers_turbo")
+
+_present: defaultdict[str, set[str]] = defaultdict(set)
+"""Of each cache folder of torch's that this process used: the names of the artifacts it put or found there."""
 
 CompileOptions = CompileUNet | CompileTransformer | CompileVAE
 
@@ -87,10 +91,13 @@ class KeptOnDisk:
             return
         file = file_of(self.folder, key)
         try:
-            parts = read_parts(file, key)
-            for part in reversed(parts):
+            parts, present = read_parts(file, key), _present[_torchs_folder()]
+            # what was made in one process lies in the file of each of its components
+            missing = [part for part in parts if not part.artifacts <= present]
+            for part in reversed(missing):
                 if torch.compiler.load_cache_artifacts(part.data) is None:
                     raise NotSupportedError(f"torch could not read the artifacts in {file}")
+                present |= part.artifacts
         except FileNotFoundError:
             self.loaded = f"nothing yet in {file}"
         except Exception as error:  # whatever torch meets in its own folder: a full disk, another version's pickle
@@ -98,7 +105,8 @@ class KeptOnDisk:
             logger.warning("%s: the persistent cache was %s", self.options.action, self.loaded)
         else:
             mark_used(file)
-            self.loaded = f"{_mib(sum(len(part.data) for part in parts))} loaded from {file}"
+            size = _mib(sum(len(part.data) for part in missing))
+            self.loaded = f"{size} loaded from {file}" if missing else f"what {file} holds is there already"
 
     def _save(self) -> None:
         self._saved_misses = self._counts.misses
@@ -107,6 +115,7 @@ class KeptOnDisk:
             return
         data, info = saved
         names = frozenset(f"{kind}:{name}" for kind, found in info.artifacts.items() for name in found)
+        _present[_torchs_folder()] |= names
         file = file_of(self.folder, self._key)
         try:
             old = read_parts(file, self._key)
@@ -138,6 +147,12 @@ def key_of(root: nn.Module, options: CompileOptions) -> dict[str, Any]:
         **{package: _version(package) for package in ("triton", "diffusers", "diffusers-turbo")},
         "options": {name: value for name, value in options.as_dict().items() if name != "cache_dir"},
     }
+
+
+def _torchs_folder() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
 
 
 def _device(device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffusers_turbo import TurboError, turbo
+from diffusers_turbo.actions import compile_cache
 from diffusers_turbo.actions.compile_cache import KeptOnDisk, key_of
 from diffusers_turbo.compilation.call import WatchedCall
 from diffusers_turbo.compilation.counts import Counts
@@ -50,6 +51,7 @@ class Process:
     def __init__(self, folder: Path, store: Torch, model: nn.Module | None = None) -> None:
         self.store = store
         store.made.clear()
+        compile_cache._present.clear()
         module = model or nn.Linear(2, 2)
         self.call = WatchedCall(module, module.forward, axes=None, must_compile=False)
         self.scope = KeptOnDisk(module, CompileUNet(cache_dir=folder), [SimpleNamespace(compiled=self.call)])
@@ -82,6 +84,35 @@ def test_what_one_process_made_another_one_loads(tmp_path, store):
     assert store.loaded == [b"['a']"]
     assert f"loaded from {only_file(folder)}" in second.told
     assert "written" not in second.told
+
+
+def test_what_two_components_files_both_hold_is_loaded_once(tmp_path, store, monkeypatch):
+    folder = tmp_path / "cache"
+    other = nn.Linear(3, 3)
+    other.config = {"of": "another architecture"}
+    first, second = Process(folder, store), Process(folder, store, other)
+    first.run("a")
+    second.run("b")
+    first, second = Process(folder, store), Process(folder, store, other)
+    second.run()
+    first.run()
+    assert store.loaded == [b"['a', 'b']"]
+    assert "is there already" in first.told
+    # torch looks elsewhere now, and there is nothing
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+    again = KeptOnDisk(first.scope.root, first.scope.options, first.scope.modules)
+    with again.around_call(None):
+        pass
+    assert store.loaded == [b"['a', 'b']", b"['a']"]
+
+
+def test_what_this_process_made_is_not_loaded(tmp_path, store):
+    process = Process(tmp_path / "cache", store)
+    process.run("a")
+    again = KeptOnDisk(process.scope.root, process.scope.options, process.scope.modules)
+    with again.around_call(None):
+        pass
+    assert store.loaded == []
 
 
 def test_it_is_written_only_after_calls_that_made_something(tmp_path, store, monkeypatch):
