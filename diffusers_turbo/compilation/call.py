@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import in_one_line, with_causes
 from .counts import Counts
+from .garbage import rarely_collected
 from .sizes import MovingAxes, joining, smallest_step
 
 logger = logging.getLogger("diffusers_turbo")
@@ -59,7 +60,8 @@ class WatchedCall:
         marked_args, marked_kwargs = (args, kwargs) if self._axes is None else self._axes.marked(args, kwargs)
         before = Counts.now()
         try:
-            return compiled(*marked_args, **marked_kwargs)
+            with rarely_collected():
+                return compiled(*marked_args, **marked_kwargs)
         except Exception as error:
             if self.must_compile or Counts.now().frames == before.frames or _ran_out_of_memory(error):
                 raise
