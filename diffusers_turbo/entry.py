@@ -68,6 +68,7 @@ def auto_optimize(
     dtype: str = "keep",
     exact: bool = False,
     tier: str | None = None,
+    cache_dir: bool | str | os.PathLike[str] | None = None,
     verify: bool = False,
 ) -> PipeT:
     """Probe the device, plan what is safe and worth it, apply it, and keep the plan for `pipe.turbo_report()`.
@@ -88,6 +89,8 @@ def auto_optimize(
         tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
             under the graphs), "fastest" (one of the two, by `images`) or "none". Left out, it is "fastest" for models
             it was measured with (SD1.5, SD2.1, SDXL in half precision), and none for others.
+        cache_dir: where code that the plan compiles is kept, so that the next process finds it: True for the user's
+            folder of caches, or a folder; see `compile_unet`.
         verify: draw a few pictures with the reference and with the plan applied; steps that break what the plan
             promises are taken off and named in the report. Takes the time of some dozens of pictures, and the memory
             of an fp32 copy.
@@ -116,6 +119,7 @@ def auto_optimize(
         dtype=dtype,
         exact=exact,
         tier=tier,
+        cache_dir=cache_dir,
         estimates=estimates,
     )
     # before anything is switched on, so that no fault of a switch can reach the reference

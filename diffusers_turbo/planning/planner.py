@@ -8,6 +8,7 @@ the exact rung that fits and adds the least time wins, then the lossy ones; if n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -56,6 +57,7 @@ def plan(
     dtype: str = "keep",
     exact: bool = False,
     tier: str | None = None,
+    cache_dir: bool | str | os.PathLike[str] | None = None,
     estimates: Estimates = estimate_memory,
 ) -> Plan:
     """Decide what to switch on for this pipeline on this device. Nothing is switched on and nothing is computed.
@@ -73,6 +75,8 @@ def plan(
         tier: "instant" (CUDA graphs and all that goes with them, a first picture in seconds), "compiled" (torch.compile
             under the graphs), "fastest" (one of the two, by `images`) or "none". Left out, it is "fastest" for models
             it was measured with (SD1.5, SD2.1, SDXL in half precision), and none for others.
+        cache_dir: where code that the plan compiles is kept, so that the next process finds it: True for the user's
+            folder of caches, or a folder; see `compile_unet`.
         estimates: who says what a choice of switches needs: by default a closed form of the facts; `Predictor(pipe,
             device=facts).estimate` runs the pipeline's networks on the meta device.
 
@@ -92,6 +96,7 @@ def plan(
         dtype=dtype,
         exact=exact,
         tier=tier,
+        cache_dir=cache_dir,  # type: ignore[arg-type]
     )
     return make_plan(pipe if isinstance(pipe, PipelineFacts) else read_pipeline(pipe), facts, request, estimates)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidOptionError, explain_failure
-from .options import Options, dtype_name
+from .options import CompileUNet, Options, dtype_name
 from .timing import STEPS
 from .units import parse_bytes
 
@@ -32,6 +32,7 @@ class Request:
         exact: whether switches that change the picture beyond rounding are forbidden.
         tier: "instant", "compiled", "fastest" (one of the two, by `images`), "none", or None: "fastest" where it was
             measured, and none elsewhere.
+        cache_dir: where compiled code is kept for later processes, as `compile_unet(cache_dir=)` takes it.
     """
 
     height: int | None = None
@@ -43,6 +44,7 @@ class Request:
     dtype: str = "keep"
     exact: bool = False
     tier: str | None = None
+    cache_dir: bool | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget, name="vram_budget"))
@@ -59,6 +61,7 @@ class Request:
                 raise _refuse(name, value, "a positive integer", f"give {name} as a positive number")
         if not isinstance(self.exact, bool):
             raise _refuse("exact", self.exact, "True or False", "give True or False for exact")
+        object.__setattr__(self, "cache_dir", CompileUNet(cache_dir=self.cache_dir).cache_dir)
 
     @property
     def budget_bytes(self) -> int | None:

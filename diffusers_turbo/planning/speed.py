@@ -168,17 +168,19 @@ def judge_tf32(situation: Situation, dtype: str) -> Verdict:
 def judge_compile(situation: Situation, others: Sequence[Options], tier: Tier) -> list[Verdict]:
     """Decide on compiling denoiser and VAE: where it is possible, and when the pictures or a tier ask for it."""
     facts = situation.pipeline
-    kinds = {"unet": CompileUNet(), "transformer": CompileTransformer()}
+    folder = situation.request.cache_dir
+    kinds = {"unet": CompileUNet(cache_dir=folder), "transformer": CompileTransformer(cache_dir=folder)}
     verdicts = []
     for name, option in kinds.items():
         if name != facts.denoiser:
             verdicts.append(leave(option, f"{facts.class_name} has no {name}."))
         else:
             verdicts.append(_judge_one_compile(situation, option, others, tier))
+    vae = CompileVAE(cache_dir=folder)
     if facts.vae is None:
-        verdicts.append(leave(CompileVAE(), f"{facts.class_name} has no VAE."))
+        verdicts.append(leave(vae, f"{facts.class_name} has no VAE."))
     else:
-        verdicts.append(_judge_one_compile(situation, CompileVAE(), others, tier))
+        verdicts.append(_judge_one_compile(situation, vae, others, tier))
     return verdicts
 
 

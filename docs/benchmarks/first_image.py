@@ -1,9 +1,11 @@
 """How long a new process waits for its first picture, from the call of auto_optimize to the picture on the host.
 
 python docs/benchmarks/first_image.py MODEL RESULTS.json [--scheduler ddim] [--tiers none instant] [--repeats 3]
+                                       [--kept]
 
 MODEL is a folder or "arch:sd15". The pipeline is on the device before the clock starts. Each tier runs in processes of
-its own: once with empty caches of Triton and Inductor ("empty"), then again with what that left there ("filled").
+its own: once with empty caches of Triton and Inductor ("empty"), then again with what that left there ("filled"). With
+--kept these caches are empty for every process, and what is filled is the folder of `auto_optimize(cache_dir=True)`.
 """
 
 from __future__ import annotations
@@ -44,21 +46,29 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.synchronize()
     began = time.perf_counter()
     if given.child != "none":
-        pipe = auto_optimize(pipe, tier=given.child)
+        pipe = auto_optimize(pipe, tier=given.child, cache_dir=given.kept or None)
     planned_s = time.perf_counter() - began
     picture()
     first_s = time.perf_counter() - began
+    if given.child == "compiled":
+        from torch._dynamo.utils import compile_times
+
+        print(compile_times(repr="str", aggregate=True), file=sys.stderr)
     return {"planned_s": planned_s, "first_image_s": first_s, "second_image_s": picture(), "third_image_s": picture()}
 
 
 def in_new_process(tier: str, given: argparse.Namespace, cache: str) -> dict[str, Any]:
     """Measure a process whose compilers keep what they make in `cache`."""
-    caches = {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+    # a folder of its own for each process, or one for all
+    torchs = tempfile.mkdtemp(dir=cache) if given.kept else cache
+    caches = {"TRITON_CACHE_DIR": f"{torchs}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{torchs}/inductor"}
+    caches["DIFFUSERS_TURBO_CACHE"] = f"{cache}/kept"
     command = [sys.executable, __file__, given.model, given.results, "--child", tier, "--steps", str(given.steps)]
     command += ["--scheduler", given.scheduler] if given.scheduler else []
+    command += ["--kept"] if given.kept else []
     done = subprocess.run(command, env={**os.environ, **caches}, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {name: round(seconds, 3) for name, seconds in found.items()}
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def main() -> None:
@@ -70,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tiers", nargs="+", default=["none", "instant"])
     parser.add_argument("--repeats", type=int, default=3, help="processes with filled caches")
+    parser.add_argument("--kept", action="store_true", help="nothing but what auto_optimize(cache_dir=True) keeps")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -80,7 +91,12 @@ def main() -> None:
     from diffusers_turbo.bench.environment import read_environment
 
     environment = read_environment("cuda" if torch.cuda.is_available() else "cpu", measure=False)
-    results: dict[str, Any] = {"model": given.model, "steps": given.steps, "environment": environment}
+    results: dict[str, Any] = {
+        "model": given.model,
+        "steps": given.steps,
+        "kept": bool(given.kept),
+        "environment": environment,
+    }
     for tier in given.tiers:
         with tempfile.TemporaryDirectory() as cache:
             empty = in_new_process(tier, given, cache)

@@ -124,6 +124,29 @@ def test_compiled_on_sdxl():
     assert order.index("compile_unet") < order.index("enable_cuda_graphs") < order.index("enable_prompt_projections")
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, None), (True, True), (Path("a folder"), "a folder")])
+def test_where_compiled_code_is_kept(given, kept):
+    made = plan(facts_of("sd15"), H100, tier="compiled", cache_dir=given)
+    folders = {step.action: step.options["cache_dir"] for step in made.steps if "cache_dir" in step.options}
+    assert folders == {"compile_unet": kept, "compile_vae": kept}
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_a_folder_that_is_none_is_refused():
+    with pytest.raises(InvalidOptionError, match="cache_dir=3.*True, False, None or a folder"):
+        plan(facts_of("sd15"), H100, cache_dir=3)
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.pixart])
+def test_auto_optimize_keeps_what_its_plan_compiles(make, monkeypatch, tmp_path):
+    monkeypatch.setitem(CAPTURES, "cpu", FakeCapture)
+    plain_kernels(monkeypatch)
+    monkeypatch.setattr("diffusers_turbo.entry.make_plan", lambda pipe, facts, **given: plan(pipe, H100, **given))
+    pipe = auto_optimize(make(), tier="compiled", cache_dir=tmp_path)
+    compiled = [lever for lever in pipe.turbo_report().levers if lever.action.startswith("compile")]
+    assert [lever.options["cache_dir"] for lever in compiled] == [str(tmp_path)] * 2
+
+
 @pytest.fixture
 def compiling_pays(monkeypatch):
     """Figures by which a compiled picture is sooner done than one of the instant tier."""
