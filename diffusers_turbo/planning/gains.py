@@ -207,8 +207,8 @@ OFFLOAD_BYTES = OFFLOAD_DENOISER_BYTES + 83_653_863 * 2
 """What was offloaded there: UNet and VAE in float16, without a text encoder."""
 
 EXACT_TILES_SECONDS: dict[str, dict[tuple[int, str], float]] = {
-    "float32": {(256, "device"): 0.125, (256, "host"): 0.313, (128, "host"): 0.646},
-    "float16": {(256, "device"): 0.100, (256, "host"): 0.191, (128, "host"): 0.610},
+    "float32": {(256, "device"): 0.109, (256, "host"): 0.256, (128, "host"): 0.555},
+    "float16": {(256, "device"): 0.099, (256, "host"): 0.160, (128, "host"): 0.464},
 }
 """What exact tiles add to the decode of `DECODE_PIXELS`, by their size and where pictures are held, beside the decode
 with fused kernels. Source: docs/benchmarks/decodes-h100.json."""
