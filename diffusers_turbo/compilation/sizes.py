@@ -6,7 +6,8 @@ wider and then higher are compiled three times. Height and width are one thing h
 A UNet halves the sides it is given, rounding up, once a level, and the compiler carries `(s - 1) // 2 + 1` of each
 level through all that follows: it takes minutes, and fails where it has to divide the number of tokens by one of them.
 So a picture whose sides are multiples of the deepest level goes in as pieces `[B, C, H / m, m, W / m, m]`, and the
-compiled code begins by joining them: its sides are `m * s`, which can be halved without a remainder.
+compiled code begins by joining them: its sides are `m * s`, which can be halved without a remainder. Other sides are
+compiled for themselves.
 """
 
 from __future__ import annotations
@@ -18,16 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-MIN_PICTURE_RANK = 4
-
-
 def axis_kinds(rank: int) -> tuple[str | None, ...]:
     """Say what each axis of a tensor of diffusion models counts; None for channels, which belong to the weights.
 
     >>> axis_kinds(4), axis_kinds(3)
     (('batch', None, 'size', 'size'), ('batch', 'length', None))
     """
-    if rank >= MIN_PICTURE_RANK:  # [B, C, H, W], [B, C, F, H, W]
+    if rank >= 4:  # [B, C, H, W], [B, C, F, H, W]
         return ("batch", None, *("size",) * (rank - 2))
     return ((), ("batch",), ("batch", None), ("batch", "length", None))[rank]  # [B], [B, C], [B, N, C]
 
@@ -77,9 +75,14 @@ class MovingAxes:
         leaves, structure = tree_flatten((args, kwargs))
         shapes = {place: leaf.shape for place, leaf in enumerate(leaves) if type(leaf) is Tensor}
         moving = self._moving_in(shapes)
-        sample = next((place for place, shape in shapes.items() if len(shape) >= MIN_PICTURE_RANK), None)
+        sample = kwargs.get("sample", args[0] if args else None)
+        pieces = None
+        if self.step > 1 and "size" in moving:
+            pieces = next((place for place in shapes if leaves[place] is sample), None)
+        if pieces is not None and not self._divides(shapes[pieces]):
+            pieces, moving = None, moving - {"size"}
         for place in shapes:
-            leaves[place] = (self._in_pieces if place == sample else _mark)(leaves[place], moving)
+            leaves[place] = (self._in_pieces if place == pieces else _mark)(leaves[place], moving)
         marked: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
         return marked
 
@@ -92,12 +95,14 @@ class MovingAxes:
             self.moving |= {kind for kind, old, new in kinds if kind is not None and old != new}
         return self.moving if changed else frozenset()
 
-    def _in_pieces(self, sample: Tensor, moving: frozenset[str]) -> Tensor | Pieces:
-        """Return the picture that the module is given, marked; in pieces where its sides may change."""
+    def _divides(self, shape: torch.Size) -> bool:
         # of a single piece the compiler would not believe that there may be more
-        divisible = all(side % self.step == 0 and side > self.step for side in sample.shape[-2:])
-        if self.step == 1 or "size" not in moving or not divisible or _left_alone(sample):
-            return _mark(sample, moving)
+        return all(side % self.step == 0 and side > self.step for side in shape[-2:])
+
+    def _in_pieces(self, sample: Tensor, moving: frozenset[str]) -> Tensor | Pieces:
+        """Return the picture that the module is given in pieces, and marked."""
+        if _left_alone(sample):
+            return sample
         *first, rows, columns = axis_kinds(sample.dim())
         pieces = sample.detach()
         for axis in (-1, -3):

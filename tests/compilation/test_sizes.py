@@ -15,6 +15,7 @@ from diffusers_turbo.compilation.sizes import MovingAxes, Pieces, joining, small
 from diffusers_turbo.parity import distance
 from tests import dynamo, tiny
 from tests.compilation import micro
+from tests.controlled import controlled, controlled_picture
 
 SIZES = [(8, 8), (12, 12), (8, 12), (12, 8), (16, 8), (8, 8)]
 PIXELS = [(64, 64), (96, 64), (64, 128)]
@@ -118,10 +119,33 @@ def test_no_size_of_a_unet_is_a_quotient(symbols):
     assert first == set()
     assert len(second) >= 8
     assert [extent for extent in second if any(division in extent for division in DIVISIONS)] == []
-    # what the pieces are for: the last size has none, since its sides are no multiples of two
+    # sides that are no multiples of two are compiled for themselves
     assert smallest_step(pipe.unet) == 2
     tiny.picture(pipe, height=72, width=88)
+    assert found[2:] == [set()]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_the_pieces_are_for(symbols, monkeypatch):
+    found, backend = symbols
+    monkeypatch.setattr("diffusers_turbo.compilation.call.smallest_step", lambda module: 1)
+    unet, context = compiled(tiny.unet(), backend=backend), torch.randn(2, 5, tiny.CONTEXT)
+    for side in (8, 12):
+        unet(torch.randn(2, 4, side, side), torch.tensor(3), encoder_hidden_states=context)
     assert any("//" in extent for extent in found[-1])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_sizes_under_a_controlnet():
+    """Its residuals are of the sample's sides and their halves."""
+    pipe = turbo(controlled())
+    stock = [controlled_picture(pipe, height=height, width=width) for height, width in PIXELS]
+    compiled(pipe.unet)
+    for expected, (height, width) in zip(stock, PIXELS, strict=True):
+        assert distance(controlled_picture(pipe, height=height, width=width), expected).psnr_db >= 90
+    assert graphs() == 2
 
 
 def test_pieces_are_what_a_module_gets_that_halves_its_sides():
@@ -131,6 +155,14 @@ def test_pieces_are_what_a_module_gets_that_halves_its_sides():
     assert [type(each) for each in pieces] == [torch.Tensor, Pieces, Pieces, torch.Tensor, torch.Tensor, torch.Tensor]
     assert pieces[1].tensor.shape == (2, 4, 4, 2, 6, 2)
     assert pieces[1].tensor._dynamo_weak_dynamic_indices == {2, 4}
+    # the others are compiled for themselves, and so is what comes with them
+    _, odd = axes.marked((torch.empty(2, 4, 9, 8), context), {"residual": torch.empty(2, 8, 5, 4)})
+    assert not hasattr(pieces[3], "_dynamo_weak_dynamic_indices")
+    assert not hasattr(odd["residual"], "_dynamo_weak_dynamic_indices")
+    # whatever comes before it
+    given = {"residuals": (torch.empty(2, 8, 4, 6),), "sample": torch.empty(2, 4, 8, 12)}
+    _, named = axes.marked((), given)
+    assert [type(each) for each in (named["sample"], *named["residuals"])] == [Pieces, torch.Tensor]
     picture = torch.randn(2, 4, 8, 12).contiguous(memory_format=torch.channels_last)
     (again, same), named = axes.marked((picture, context), {"residual": picture.clone()})
     joined = joining(lambda *args, **kwargs: (args, kwargs))(again, same, **named)
