@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+
 def axis_kinds(rank: int) -> tuple[str | None, ...]:
     """Say what each axis of a tensor of diffusion models counts; None for channels, which belong to the weights.
 
