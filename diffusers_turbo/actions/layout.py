@@ -47,8 +47,8 @@ class PictureOutput:
 
 
 def _picture(tokens: torch.Tensor, batch_size: int, height: int, width: int) -> torch.Tensor:
-    # the host's numbers, which a trace sees as inputs; len() would be baked in. No -1 either: with symbolic sizes the
-    # compiler would have to divide them out of each other, and fails at it.
+    # the host's numbers, which a trace sees as inputs; len() would be baked in. No -1 either, which a
+    # compiler would have to work out of symbolic ones.
     return tokens.view(batch_size, height, width, tokens.shape[-1]).movedim(-1, 1)
 
 

@@ -94,7 +94,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "model": given.model,
         "steps": given.steps,
-        "kept": bool(given.kept),
+        "kept": given.kept,
         "environment": environment,
     }
     for tier in given.tiers:
