@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingPackageError, NotSupportedError, explain_failure
 from ..facts.pipeline import execution_device
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +32,11 @@ class Peer:
         extra_packages: further distributions to install with it.
         needs_gpu: whether it does nothing useful without a GPU.
         needs_unet: whether it knows UNets only.
+        offloads: whether it moves the weights, and so begins with a pipeline in host memory.
+        takes_budget: whether it has a setting for the memory it may take.
         lossy_reason: what changes in the picture beyond rounding, None for nothing.
         source: the page that its settings are from.
-        use: throws it on a pipeline.
+        use: throws it on a pipeline; what offloads is also told the device and the bytes it may take there.
     """
 
     name: str
@@ -42,9 +47,11 @@ class Peer:
     extra_packages: tuple[str, ...] = ()
     needs_gpu: bool = False
     needs_unet: bool = False
+    offloads: bool = False
+    takes_budget: bool = False
     lossy_reason: str | None = None
     source: str
-    use: Callable[[Any], None]
+    use: Callable[..., None]
 
     def missing(self) -> str | None:
         """Return why it cannot be used here, None when all its packages are installed."""
@@ -58,12 +65,17 @@ class Peer:
         except metadata.PackageNotFoundError:
             return None
 
-    def apply(self, pipe: Any) -> None:
+    def apply(self, pipe: Any, *, device: torch.device | None = None, budget_bytes: int | None = None) -> None:
         """Apply it to a pipeline in place. There is no way back: load the pipeline anew instead.
+
+        Args:
+            pipe: the pipeline; one in host memory stays there until it is called, if the peer offloads.
+            device: where an offloader is to compute, None for where the pipeline does.
+            budget_bytes: the memory it may take there, None for what it takes by itself.
 
         Raises:
             MissingPackageError: a package of it is not installed, or does not import here.
-            NotSupportedError: it needs a GPU, or a UNet, and there is none.
+            NotSupportedError: it needs a GPU, or a UNet, and there is none; or it knows no budget.
         """
         tried, install = f"peer {self.name}", f"pip install {' '.join(self._requirements())}"
         if (reason := self.missing()) is not None:
@@ -71,11 +83,17 @@ class Peer:
         if self.needs_unet and getattr(pipe, "unet", None) is None:
             found = f"{type(pipe).__name__} without a `unet`"
             raise NotSupportedError(explain_failure(tried, found, "a pipeline with a UNet", "leave it out"))
-        if self.needs_gpu and execution_device(pipe).type == "cpu":
+        if self.needs_gpu and (device := device or execution_device(pipe)).type == "cpu":
             found = f"{type(pipe).__name__} on the CPU"
             raise NotSupportedError(explain_failure(tried, found, "a GPU", "move the pipeline, or leave it out"))
+        if budget_bytes is not None and not self.takes_budget:
+            needed = f"one of {', '.join(peer.name for peer in PEERS.values() if peer.takes_budget)}"
+            raise NotSupportedError(explain_failure(tried, "a budget", needed, "leave out `budget_bytes`"))
         try:
-            self.use(pipe)
+            if self.offloads:
+                self.use(pipe, device, budget_bytes)
+            else:
+                self.use(pipe)
         except ImportError as error:
             found = f"{type(error).__name__}: {error}"
             raise MissingPackageError(explain_failure(tried, found, "a version that imports here", install)) from error
@@ -95,23 +113,29 @@ def _tomesd(pipe: Any) -> None:
     import_module("tomesd").apply_patch(pipe, ratio=0.5)
 
 
-def _mmgp(pipe: Any) -> None:
+_MMGP_SHARE = 0.8
+"""Of the memory there is, what models may take: the default of mmgp's `vram_safety_coefficient`."""
+
+
+def _mmgp(pipe: Any, _: torch.device, budget_bytes: int | None) -> None:
     import torch
 
     # It finds the device itself and wants every weight in host memory first.
     pipe.to("cpu")
     mmgp = import_module("mmgp")
     offload = import_module("mmgp.offload")
+    # In MB, what a model may take; a larger one comes in parts. Its profile says 3000, whatever the card.
+    settings = {} if budget_bytes is None else {"budgets": int(_MMGP_SHARE * budget_bytes / 2**20)}
     # Its profiles quantise transformers by default; here the offloading alone is compared.
+    settings |= {"quantizeTransformer": False, "verboseLevel": 0}
     try:
-        offload.profile(pipe, mmgp.profile_type.LowRAM_LowVRAM, quantizeTransformer=False, verboseLevel=0)
+        offload.profile(pipe, mmgp.profile_type.LowRAM_LowVRAM, **settings)
     finally:
         # It leaves "cuda" as the whole process's default, on which schedulers of other pipelines cannot be made.
         torch.set_default_device(None)
 
 
-def _diffusers_mm(pipe: Any) -> None:
-    device = execution_device(pipe)
+def _diffusers_mm(pipe: Any, device: torch.device, _: int | None) -> None:
     pipe.to("cpu")
     import_module("diffusers_mm").managed(pipe, device=device)
 
@@ -201,6 +225,8 @@ PEERS: dict[str, Peer] = {
             modules=("mmgp", "optimum", "psutil"),
             extra_packages=("optimum-quanto", "psutil"),
             needs_gpu=True,
+            offloads=True,
+            takes_budget=True,
             source="https://github.com/deepbeepmeep/mmgp",
             use=_mmgp,
         ),
@@ -212,6 +238,7 @@ PEERS: dict[str, Peer] = {
             modules=("diffusers_mm", "psutil"),
             extra_packages=("psutil",),
             needs_gpu=True,
+            offloads=True,
             source="https://github.com/asomoza/diffusers-mm",
             use=_diffusers_mm,
         ),

@@ -4,7 +4,8 @@ python docs/benchmarks/simulated_cards.py docs/benchmarks/simulated-cards-<gpu>.
 
 First every hand-made combination of diffusers' own methods runs once a job, uncapped, for its peak and its time. Then,
 for each budget, the fastest of them that fits and `auto_optimize(pipe, vram_budget=...)` each run under a cap on
-PyTorch's allocator, set before anything is allocated. A card also has to hold the CUDA context, so its measured size
+PyTorch's allocator, set before anything is allocated. So do mmgp and diffusers-mm, where they are installed, at every
+budget: how much they take depends on how much there is. A card also has to hold the CUDA context, so its measured size
 comes off the budget. `--caps` asks instead how low a cap may be, with nothing taken off it.
 
 Each way runs in a process of its own. It is forked from this one, which has imported everything, holds the job's
@@ -16,6 +17,7 @@ on a CPU, without caps.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -24,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from simulated_cards_apart import apart, required  # first: it hides the GPU from what is imported after it
-from simulated_cards_tables import GB, OURS, RESIDENT, Row, budget_table, cap_table, has_pictures, rival_table
+from simulated_cards_apart import apart, as_card, required  # first: it hides the GPU from what is imported after it
+from simulated_cards_tables import GB, OURS, Row, budget_table, cap_table, has_pictures, rival_table
+from simulated_cards_ways import HAND_MADE, OFFLOADERS, RIVALS, THRIFTIEST, use_offloader
 
 # isort: split
 import diffusers
@@ -82,54 +85,9 @@ TINY = {
 }
 
 
-def _resident(pipe: Any) -> None:
-    pipe.to("cuda")
-
-
-def _model(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cuda")  # named, since diffusers remembers that the process before had no GPU
-
-
-def _sequential(pipe: Any) -> None:
-    pipe.enable_sequential_cpu_offload(device="cuda")
-
-
-def _blocks(pipe: Any) -> None:
-    pipe.enable_group_offload(torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1)
-
-
-def _leaves(pipe: Any) -> None:
-    pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
-
-
-def _tiled(offload: Callable[[Any], None]) -> Callable[[Any], None]:
-    def both(pipe: Any) -> None:
-        pipe.vae.enable_tiling()
-        offload(pipe)
-
-    return both
-
-
-SEQUENTIAL = "sequential offload"
-PLACES = {
-    RESIDENT: _resident,
-    "model offload": _model,
-    "block offload": _blocks,
-    "leaf offload": _leaves,
-    SEQUENTIAL: _sequential,
-}
-RIVALS: dict[str, Callable[[Any], None]] = {
-    **PLACES,
-    **{f"{name}, tiles": _tiled(place) for name, place in PLACES.items()},
-}
-"""What a user of diffusers alone can switch on, by name."""
-
-THRIFTIEST = (SEQUENTIAL, f"{SEQUENTIAL}, tiles")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a job is done: one of the rivals or ours, under which cap in bytes, and how many pictures are timed."""
+    """How a job is done: by hand or by ours, under which cap in bytes, and how many pictures are timed."""
 
     name: str
     cap: int | None = None
@@ -173,10 +131,15 @@ def measure(pipe: Any, job: Job, way: Way) -> Row:
     """Do a job in one way in this process, its first to use the GPU; running out of memory is a result, too."""
     cuda = torch.cuda.is_available()
     row: Row = {"cap_bytes": way.cap}
+    answers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if cuda and way.cap:
         torch.cuda.set_per_process_memory_fraction(way.cap / torch.cuda.mem_get_info()[1])
+        if way.name in OFFLOADERS:
+            row["seen_bytes"] = way.cap
+            answers = as_card(way.cap)
     try:
-        draw(pipe, job, way, row)
+        with answers:
+            draw(pipe, job, way, row)
     except Exception as error:
         row["out_of_memory" if ran_out_of_memory(error) else "failed"] = in_one_line(error, 300)
     if cuda:
@@ -215,7 +178,7 @@ def draw(pipe: Any, job: Job, way: Way, row: Row) -> None:
 
 
 def set_up(pipe: Any, job: Job, way: Way, row: Row) -> None:
-    """Switch on what makes a way. Hand-made ones need a GPU and change nothing without."""
+    """Switch on what makes a way. Diffusers' own need a GPU and change nothing without; other packages refuse."""
     if way.name == OURS:
         side, steps = job.side, job.steps
         auto_optimize(pipe, height=side, width=side, steps=steps, vram_budget=way.cap, exact=way.exact)
@@ -225,6 +188,8 @@ def set_up(pipe: Any, job: Job, way: Way, row: Row) -> None:
             "predicted_bytes": plan.after.peak_bytes if plan.after else None,
             "unrestricted": bool(plan.alternatives and plan.alternatives[0].fits),
         }
+    elif way.name in OFFLOADERS:
+        row |= use_offloader(pipe, way.name, way.cap)
     elif torch.cuda.is_available():
         RIVALS[way.name](turbo(pipe) if way.fixed else pipe)
 
@@ -263,39 +228,58 @@ class Session:
         print(f"{name}, {cap}, {way.name}, {time.monotonic() - start:.0f} s in all:", short, flush=True)
         return row
 
+    def chosen(self, ways: Iterable[str]) -> list[str]:
+        """Leave of some hand-made ways those that were asked for."""
+        return [way for way in ways if way in self.given.ways and way not in self.given.without]
+
     def rival(self, name: str, way: str) -> Row | None:
-        """Return a rival's uncapped row, run if it is not there; None where it is too late for that."""
+        """Return a hand-made way's uncapped row, run if it is not there; None where it is too late for that."""
         rows = self.data["rivals"].setdefault(name, {})
-        if way not in rows and not self.late:
+        if not settled(rows.get(way)) and not self.late:
             self.keep(rows, way, self.run(name, Way(name=way, fixed=self.given.fixed)))
         found: Row | None = rows.get(way)
         return found
 
     def cells(self, name: str) -> None:
-        """Run a job's rivals, then its budgets, up to the first beyond which nothing changes."""
-        if None in [self.rival(name, way) for way in RIVALS if way not in self.given.without]:
+        """Run a job's hand-made ways, then its budgets, up to the first beyond which nothing changes."""
+        if None in [self.rival(name, way) for way in self.chosen(HAND_MADE)]:
             return
         roomy = None
         for budget in sorted(self.given.budgets):
-            key = f"{name} {budget:g}"
+            key, cap = f"{name} {budget:g}", int(budget * GB) - self.data["context_bytes"]
             if key not in self.data["cells"] and roomy:
                 self.keep(self.data["cells"], key, {"same_as": roomy})
             elif key not in self.data["cells"] and not self.late:
-                self.keep(self.data["cells"], key, self.cell(name, int(budget * GB) - self.data["context_bytes"]))
+                self.keep(self.data["cells"], key, self.cell(name, cap))
             if roomy is None and has_room(self.data["cells"].get(key, {}), self.data["rivals"][name]):
                 roomy = key
+            if key in self.data["cells"]:
+                self.offloaders(name, self.data["cells"][key], cap)
 
     def cell(self, name: str, cap: int) -> Row:
         """Run the fastest rival that really fits a cap, and ours."""
-        capped = functools.partial(Way, cap=cap, rounds=self.given.rounds)
         found: Row = {"rival_name": None, "rival": None, "failed_rivals": {}}
         for way in fitting(self.data["rivals"][name], cap):
-            row = self.run(name, capped(name=way, fixed=self.given.fixed))
+            row = self.run(name, self.capped_way(way, cap))
             if "median_s" in row:
                 found |= {"rival_name": way, "rival": row}
                 break
             found["failed_rivals"][way] = row
-        return {**found, "ours": self.run(name, capped(name=OURS, exact=self.given.exact))}
+        return {**found, "ours": self.run(name, self.capped_way(OURS, cap, exact=self.given.exact))}
+
+    def offloaders(self, name: str, cell: Row, cap: int) -> None:
+        """Run the other packages that a cell lacks: in one that is the same as another, too, since they may change."""
+        for way in self.chosen(OFFLOADERS):
+            if settled(cell.get("peers", {}).get(way)) or self.late:
+                continue
+            # what fails with all the memory there is fails with less
+            failed = self.data["rivals"][name][way].get("failed")
+            row = {"failed": f"uncapped, too: {failed}"} if failed else self.run(name, self.capped_way(way, cap))
+            self.keep(cell.setdefault("peers", {}), way, row)
+
+    def capped_way(self, way: str, cap: int, *, exact: bool = False) -> Way:
+        """Return a way under a cap, timed as often as was asked for."""
+        return Way(name=way, cap=cap, rounds=self.given.rounds, exact=exact, fixed=self.given.fixed)
 
     def caps(self, name: str) -> None:
         """Try how low a job's cap may be: ours with tiles and without, and the thriftiest rivals at their own peaks."""
@@ -316,10 +300,14 @@ class Session:
         """Return the row of a cap, run if it is not there and there is time."""
         key = f"{name} {cap / GB:.2f} {way}{' exact' if exact else ''}"
         if key not in self.data["caps"] and not self.late:
-            row = self.run(name, Way(name=way, cap=cap, exact=exact, fixed=self.given.fixed, rounds=self.given.rounds))
-            self.keep(self.data["caps"], key, row)
+            self.keep(self.data["caps"], key, self.run(name, self.capped_way(way, cap, exact=exact)))
         found: Row = self.data["caps"].get(key, {})
         return found
+
+
+def settled(row: Row | None) -> bool:
+    """Whether a row is there and is not to be run again, as it is where a package was not installed."""
+    return row is not None and "MissingPackageError" not in row.get("failed", "")
 
 
 def lower_and_lower(caps: tuple[float, ...]) -> Iterator[float]:
@@ -337,8 +325,9 @@ def lower_and_lower(caps: tuple[float, ...]) -> Iterator[float]:
 
 
 def fitting(rivals: dict[str, Row], cap: int) -> list[str]:
-    """Name the hand-made ways whose uncapped peak is below a cap, the fastest first."""
-    names = [way for way, row in rivals.items() if has_pictures(row) and row.get("peak_allocated_bytes", 0) <= cap]
+    """Name diffusers' own ways whose uncapped peak is below a cap, the fastest first."""
+    own = {way: row for way, row in rivals.items() if way in RIVALS and has_pictures(row)}
+    names = [way for way, row in own.items() if row.get("peak_allocated_bytes", 0) <= cap]
     return sorted(names, key=lambda way: float(rivals[way]["median_s"]))
 
 
@@ -356,7 +345,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=150, help="how many seconds a process may take")
     parser.add_argument("--jobs", nargs="+", help=", ".join(JOBS))
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS_GB)
-    parser.add_argument("--without", nargs="+", default=(), metavar="WAY", help="hand-made ways that are left out")
+    ways: Any = {"nargs": "+", "choices": HAND_MADE, "metavar": "WAY"}
+    parser.add_argument("--ways", **ways, default=HAND_MADE, help=f"the only hand-made ways, of {', '.join(HAND_MADE)}")
+    parser.add_argument("--without", **ways, default=(), help="hand-made ways that are left out")
     parser.add_argument("--caps", action="store_true", help="how low a cap may be, instead of the budgets")
     parser.add_argument("--rounds", type=int, default=3, help=f"pictures under a cap, if they take up to {LONG_S:g} s")
     parser.add_argument("--exact", action="store_true", help="forbid ours to tile")

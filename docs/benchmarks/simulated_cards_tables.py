@@ -52,14 +52,27 @@ def share(cell: Row) -> float | None:
     return ours["median_s"] / rival["median_s"] if has_pictures(rival) and has_pictures(ours) else None
 
 
+def whole(cells: dict[str, Row], key: str) -> Row:
+    """Return a cell, with what it has in common with the one that it is the same as; other packages ran in each.
+
+    >>> whole({"sd 4": {"ours": {}, "peers": {"mmgp": {}}}, "sd 6": {"same_as": "sd 4"}}, "sd 6")
+    {'ours': {}, 'peers': {}, 'same_as': 'sd 4'}
+    """
+    cell = cells[key]
+    return {**cells.get(cell.get("same_as", ""), {}), "peers": {}, **cell}
+
+
 def budget_table(cells: dict[str, Row]) -> list[str]:
-    """Return a row for each job and budget, and a line that counts them."""
+    """Return a row for each job and budget, other packages in columns of their own, and lines that count the cells."""
+    peers = list(dict.fromkeys(name for cell in cells.values() for name in cell.get("peers", {})))
     head = ("job", "budget", "hand-made", "s", "ours", "picture", "s", "ours / hand-made", "GiB predicted", "measured")
     rows, shares, lost, alone = [], [], 0, 0
     for key, cell in cells.items():
         job, _, budget = key.partition(" ")
+        others = tuple(told(cell.get("peers", {}).get(name)) for name in peers)
         if "same_as" in cell:
-            rows.append((job, f"{budget} GB", f"as with {cell['same_as'].partition(' ')[2]} GB", *("",) * 7))
+            same = f"as with {cell['same_as'].partition(' ')[2]} GB"
+            rows.append((job, f"{budget} GB", same, *("",) * 7, *others))
             continue
         ours, beside = cell["ours"], share(cell)
         lost += not has_pictures(ours)
@@ -68,13 +81,21 @@ def budget_table(cells: dict[str, Row]) -> list[str]:
         rival = (cell["rival_name"] or "none fits", told(cell["rival"]))
         mine = (switches(ours), kind(ours), told(ours), "-" if beside is None else f"{beside:.2f}")
         memory = (gib(ours, "predicted_bytes"), gib(ours, "peak_allocated_bytes"))
-        rows.append((job, f"{budget} GB", *rival, *mine, *memory))
+        rows.append((job, f"{budget} GB", *rival, *mine, *memory, *others))
     counts = (
         f"{len(shares) + alone + lost} cells: ours ahead in {sum(found < 1 for found in shares)}, behind by up to 10 % "
         f"in {sum(1 <= found <= 1.1 for found in shares)}, by more in {sum(found > 1.1 for found in shares)}, the only "
         f"one that fits in {alone}, out of memory or failed in {lost}"
     )
-    return [*as_table(head, rows), "", counts]
+    return [*as_table((*head, *peers), rows), "", counts, *(against(name, cells) for name in peers)]
+
+
+def against(name: str, cells: dict[str, Row]) -> str:
+    """Count the cells in which another package draws, and in which ours is ahead of it."""
+    ran = [found for key in cells if name in (found := whole(cells, key))["peers"]]
+    pairs = [(found["peers"][name], found["ours"]) for found in ran if has_pictures(found["peers"][name])]
+    ahead = sum(has_pictures(ours) and ours["median_s"] < row["median_s"] for row, ours in pairs)
+    return f"{name}: draws in {len(pairs)} of {len(ran)} cells, ours ahead of it in {ahead} of these"
 
 
 def rival_table(rivals: dict[str, dict[str, Row]]) -> list[str]:

@@ -76,10 +76,37 @@ def test_mmgp_leaves_the_default_device_as_it_was(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmgp", SimpleNamespace(profile_type=profile_type, offload=offload))
     monkeypatch.setitem(sys.modules, "mmgp.offload", offload)
     try:
-        PEERS["mmgp"].use(tiny.sd())
+        PEERS["mmgp"].use(tiny.sd(), torch.device("cuda"), None)
         assert torch.empty(1).device.type == "cpu"
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(("budget_bytes", "budgets"), [(None, {}), (5 * 2**30, {"budgets": 4096})])
+def test_mmgp_is_told_what_its_models_may_take(monkeypatch, budget_bytes, budgets):
+    told = []
+    offload = SimpleNamespace(profile=lambda pipe, profile, **settings: told.append((profile, settings)))
+    mmgp = SimpleNamespace(profile_type=SimpleNamespace(LowRAM_LowVRAM=4), offload=offload)
+    monkeypatch.setitem(sys.modules, "mmgp", mmgp)
+    monkeypatch.setitem(sys.modules, "mmgp.offload", offload)
+    peer = replace(PEERS["mmgp"], modules=())
+    peer.apply(tiny.sd(), device=torch.device("cuda"), budget_bytes=budget_bytes)
+    assert told == [(4, {**budgets, "quantizeTransformer": False, "verboseLevel": 0})]
+
+
+def test_an_offloader_computes_where_it_is_told(monkeypatch):
+    managed = []
+    manager = SimpleNamespace(managed=lambda pipe, device: managed.append(device))
+    monkeypatch.setitem(sys.modules, "diffusers_mm", manager)
+    # the pipeline waits in host memory
+    replace(PEERS["diffusers-mm"], modules=()).apply(tiny.sd(), device=torch.device("cuda"))
+    assert managed == [torch.device("cuda")]
+
+
+def test_a_budget_is_refused_where_there_is_no_setting_for_it():
+    peer = replace(PEERS["diffusers-mm"], modules=())
+    with pytest.raises(NotSupportedError, match="peer diffusers-mm: found a budget; needed: one of mmgp"):
+        peer.apply(tiny.sd(), device=torch.device("cuda"), budget_bytes=2**30)
 
 
 def test_deepcache_skips_two_of_three_steps():

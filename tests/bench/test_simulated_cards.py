@@ -7,12 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from diffusers_turbo.errors import MissingPackageError
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "simulated_cards.py"
 TILED = [f"{place}, tiles" for place in ("resident", "model offload", "block offload", "leaf offload")]
+PEERS = ["mmgp", "diffusers-mm"]
 SECONDS = {"resident": 1.0, "model offload": 2.0, "leaf offload": 4.0}
 
 
@@ -41,7 +47,7 @@ def ours(seconds=None, gib=0.0, **more):
 def test_the_tiny_model_runs_and_is_not_run_again(tmp_path):
     results = tmp_path / "cards.json"
     command = [sys.executable, str(SCRIPT), str(results), "--tiny", "--rounds", "1", "--budgets", "1"]
-    command += ["--without", "model offload", "block offload", "leaf offload", *TILED]
+    command += ["--without", "model offload", "block offload", "leaf offload", *TILED, *PEERS]
 
     def run(*more):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -60,6 +66,16 @@ def test_the_tiny_model_runs_and_is_not_run_again(tmp_path):
     assert "| emoji | 1 GB |" in printed
     assert printed.count("s in all:") == 3
     assert "\n1 cells: " in printed
+    assert "mmgp" not in printed
+    # into the cells that are there, each with the reason why it cannot run
+    command[command.index("--without") :] = ["--ways", *PEERS]
+    printed, data = run()
+    assert printed.count("s in all:") == 2
+    for name in PEERS:
+        reason = data["rivals"]["emoji"][name]["failed"]
+        assert f"peer {name}: found" in reason
+        assert data["cells"]["emoji 1"]["peers"][name] == {"failed": f"uncapped, too: {reason}"}
+        assert f"\n{name}: draws in 0 of 1 cells" in printed
 
 
 def test_what_ends_a_process_is_a_result():
@@ -82,6 +98,7 @@ print(json.dumps([script.apart(work, 2) for work in works]))
 
 def test_rivals_are_tried_by_their_speed(script):
     rivals = {"leaf offload": row(4.0, 1), "model offload": row(2.0, 2), "block offload": row(failed="x")}
+    rivals["mmgp"] = row(1.0, 1)  # goes by the budget, so that its peak without one does not choose it
     assert script.fitting(rivals, 2**31) == ["model offload", "leaf offload"]
     assert script.fitting(rivals, 2**30) == ["leaf offload"]
     assert script.fitting(rivals, 1) == []
@@ -127,3 +144,94 @@ def test_the_table_counts_its_cells(script):
         "5 cells: ours ahead in 1, behind by up to 10 % in 1, by more in 1, the only one that fits in 1, out of memory "
         "or failed in 1"
     )
+
+
+def test_other_packages_are_counted_in_each_cell(script):
+    def cell(mine, **peers):
+        return {"rival_name": None, "rival": None, "ours": mine, "peers": peers}
+
+    cells = {
+        "sd 1": cell(ours(out_of_memory="x"), mmgp=row(9.0)),
+        "sd 2": cell(ours(2.0), mmgp=row(8.0)),
+        "sd 3": cell(ours(2.0), mmgp=row(out_of_memory="x")),
+        "sd 4": {**cell(ours(1.0), mmgp=row(0.5)), "peers": {"mmgp": row(0.5), "diffusers-mm": row(failed="x")}},
+        "sd 6": {"same_as": "sd 4", "peers": {"mmgp": row(7.0)}},
+        "sd 8": {"same_as": "sd 4"},
+    }
+    head, _, *lines, first, second = script.budget_table(cells)
+    assert head.endswith("| measured | mmgp | diffusers-mm |")
+    assert [line.split(" | ")[-2:] for line in lines[:6]] == [
+        ["9.00", "- |"],
+        ["8.00", "- |"],
+        ["out of memory", "- |"],
+        ["0.50", "failed |"],
+        ["7.00", "- |"],
+        ["-", "- |"],
+    ]
+    assert first == "mmgp: draws in 4 of 5 cells, ours ahead of it in 2 of these"
+    assert second == "diffusers-mm: draws in 0 of 1 cells, ours ahead of it in 0 of these"
+
+
+def test_results_without_other_packages_are_still_read(script):
+    data = json.loads((SCRIPT.parent / "simulated-cards-h100.json").read_text())
+    old = {key: {part: found for part, found in cell.items() if part != "peers"} for key, cell in data["cells"].items()}
+    head, _, *lines = script.budget_table(old)
+    assert head.endswith("| GiB predicted | measured |")
+    assert len(lines) == len(old) + 2
+    assert lines[-1].endswith("out of memory or failed in 1")
+
+
+def test_a_package_that_was_missing_is_tried_again(script):
+    missing = script.in_one_line(MissingPackageError("peer mmgp: found mmgp not installed"), 300)
+    assert not script.settled(None)
+    assert not script.settled({"failed": missing})
+    assert not script.settled({"failed": f"uncapped, too: {missing}"})
+    assert script.settled({"failed": "RuntimeError: x"})
+    assert script.settled(row(1.0))
+
+
+def test_a_smaller_card_answers_until_the_end(script, monkeypatch):
+    properties = SimpleNamespace(total_memory=2**37, name="a large GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 2**28)
+    before = torch.cuda.mem_get_info, torch.cuda.get_device_properties
+    with script.as_card(2**30):
+        assert torch.cuda.mem_get_info() == torch.cuda.mem_get_info("cuda") == (2**30 - 2**28, 2**30)
+        found = torch.cuda.get_device_properties(0)
+        assert (found.total_memory, found.name) == (2**30, "a large GPU")
+    assert (torch.cuda.mem_get_info, torch.cuda.get_device_properties) == before
+
+
+@pytest.mark.parametrize(("name", "told"), [("mmgp", 2**30), ("diffusers-mm", None)])
+def test_other_packages_see_the_capped_card(script, monkeypatch, name, told):
+    seen = []
+
+    def use(pipe, device, budget_bytes):
+        seen.append((device.type, budget_bytes, torch.cuda.mem_get_info()))
+        pipe.mm = SimpleNamespace(applied_strategy="group_offload")
+
+    monkeypatch.setitem(script.OFFLOADERS, name, replace(script.OFFLOADERS[name], modules=(), use=use))
+    monkeypatch.setattr(script, "set_scheduler", lambda *_: None)
+    for what, answer in {
+        "is_available": True,
+        "mem_get_info": (2**36, 2**37),
+        "memory_reserved": 0,
+        "max_memory_allocated": 2**29,
+        "max_memory_reserved": 2**29,
+        "reset_peak_memory_stats": None,
+        "set_per_process_memory_fraction": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, what, lambda *_, answer=answer: answer)
+
+    class Pipe:
+        def __call__(self, *_, **__):
+            seen.append(torch.cuda.mem_get_info())
+            return SimpleNamespace(images=torch.zeros(1))
+
+    job, way = script.JOBS["sd15-512"], script.Way(name=name, cap=2**30)
+    found = script.measure(Pipe(), job, way)
+    assert seen == [("cuda", told, (2**30, 2**30)), *[(2**30, 2**30)] * 3]  # while it draws, too
+    assert torch.cuda.mem_get_info() == (2**36, 2**37)
+    assert (found["told_bytes"], found["seen_bytes"], found["strategy"]) == (told, 2**30, "group_offload")
+    assert found["finite"]
+    assert "seen_bytes" not in script.measure(Pipe(), job, replace(way, cap=None))
