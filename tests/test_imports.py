@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "kernels": {"errors"},
     "fused": {"kernels"},
     "graphs": {"errors", "modules"},
-    "compilation": {"errors", "trusted"},
+    "compilation": {"errors", "graphs", "modules", "trusted"},
     "exported": {"errors", "facts", "graphs", "trusted"},
     "schedulers": set(),
     "tiling": set(),

@@ -1,8 +1,11 @@
-"""What the compiler made goes to disk at the end of the calls that made it, and comes back in another process.
+"""What the compiler made goes to disk and comes back in another process: the first call's code, and what else there is.
 
-torch keeps one list of artifacts a process, so a file also holds what else was compiled in the process that wrote it.
-Reading one fills torch's own cache folder ($TORCHINDUCTOR_CACHE_DIR); torch then decides by its own keys, which cover
-graph, code, versions and device, what of it fits. Ours only decides which file is read.
+The code of a module's first call is a file of its own, traced and compiled (`compilation.kept_call`). All other calls
+go the ordinary way, and for them there are torch's artifacts, read before the first of these calls and written at the
+end of a pipeline's call that made any. torch keeps one list of artifacts a process, so a file also holds what else was
+compiled in the process that wrote it. Reading one fills torch's own cache folder ($TORCHINDUCTOR_CACHE_DIR); torch then
+decides by its own keys, which cover graph, code, versions and device, what of it fits. Ours only decides which file is
+read.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ import torch
 from torch import nn
 
 from ..compilation.cache import Part, default_folder, file_of, hash_of, joined, mark_used, read_parts, write_parts
+from ..compilation.call import WatchedCall
 from ..compilation.counts import Counts
+from ..compilation.kept_call import KeptCall
 from ..errors import NotSupportedError, in_one_line
 from ..planning.options import CompileTransformer, CompileUNet, CompileVAE
 from ..planning.units import MIB
@@ -37,8 +42,41 @@ CompileOptions = CompileUNet | CompileTransformer | CompileVAE
 
 
 @dataclass
+class Shelf:
+    """Where the code of one module's calls lies: a file for each signature."""
+
+    disk: KeptOnDisk
+    module: nn.Module
+
+    def read(self, signature: str) -> list[bytes]:
+        """Return the variants of a call's code, the newest first; none where the file is not to be trusted."""
+        file, key = self._place(signature)
+        try:
+            parts = read_parts(file, key) if file else []
+        except FileNotFoundError:
+            return []
+        except (NotSupportedError, OSError) as error:
+            logger.warning("%s: a call's code is made anew: %s", self.disk.options.action, in_one_line(error))
+            return []
+        if file:
+            mark_used(file)
+        return [part.data for part in parts]
+
+    def write(self, signature: str, name: str, data: bytes) -> None:
+        """Put a variant there; the oldest of too many goes."""
+        file, key = self._place(signature)
+        if file:
+            self.disk.add(file, key, Part(data=data, artifacts=frozenset({name})))
+
+    def _place(self, signature: str) -> tuple[Path | None, dict[str, Any]]:
+        name = next(name for name, module in self.disk.root.named_modules() if module is self.module)
+        key = {**self.disk.key, "call of": name, "signature": hash_of(signature), "settings": hash_of(_settings())}
+        return (None if self.disk.folder is None else file_of(self.disk.folder, key)), key
+
+
+@dataclass
 class KeptOnDisk:
-    """Call scope of one compiled component: reads its file before the first call, writes it after one that compiled."""
+    """Call scope of one compiled component: has its calls' code read from disk, and written where it was compiled."""
 
     root: nn.Module
     options: CompileOptions
@@ -47,14 +85,22 @@ class KeptOnDisk:
     loaded: str | None = None
     written: str | None = None
     refused: str | None = None
-    _key: dict[str, Any] | None = None
+    key: dict[str, Any] = field(default_factory=dict)
+    _loaded_key: dict[str, Any] | None = None
     _saved_misses: int = 0
 
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
-        """Read before, write after."""
+        """Let the component's calls read before they compile, and write what they made."""
         if self.refused is None:
-            self._load()
+            self.key = key_of(self.root, self.options)
+            self._open_folder()
+        for call in self._calls:
+            call.before_compiling = self.load
+            if call.kept is None and self._keeps_calls:
+                call.kept = KeptCall(call.module, Shelf(self, call.module), mode=self.options.mode)
+            if call.kept is not None:
+                call.kept.look_again()
         yield
         if self.refused is None and self._counts.misses > self._saved_misses:
             self._save()
@@ -66,32 +112,44 @@ class KeptOnDisk:
         """Say what was read and written, and how much of it was of use."""
         hits, misses = self._counts.hits, self._counts.misses
         graphs = [f"{hits} graphs found in torch's cache, {misses} made anew"] if hits or misses else []
-        parts = [text for text in (self.loaded, *graphs, self.written, self.refused) if text]
+        calls = [text for call in self._calls if call.kept is not None for text in call.kept.tell()]
+        parts = [text for text in (*calls, self.loaded, *graphs, self.written, self.refused) if text]
         return [f"persistent cache: {'; '.join(parts)}"] if parts else []
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what was read and written by this object."""
-        fresh = {part.name: part.default for part in fields(self) if part.name not in ("root", "options", "modules")}
-        return {**vars(self), **fresh}
+        fresh = KeptOnDisk(self.root, self.options, self.modules)
+        return vars(fresh)
+
+    @property
+    def _calls(self) -> list[WatchedCall]:
+        return [call for module in self.modules if (call := module.compiled) is not None]
+
+    @property
+    def _keeps_calls(self) -> bool:
+        """Whether a first call's code is kept: not that of many small modules, nor code for all sizes."""
+        return self.refused is None and not self.options.regional and self.options.dynamic is not True
 
     @property
     def _counts(self) -> Counts:
-        return sum((call.counts for module in self.modules if (call := module.compiled) is not None), Counts())
+        return sum((call.counts for call in self._calls), Counts())
 
-    def _load(self) -> None:
-        key = key_of(self.root, self.options)
-        if key == self._key:
-            return
-        self._key, self.loaded = key, None
+    def _open_folder(self) -> None:
         named = self.options.cache_dir
         try:
             self.folder = private_folder(Path(named).expanduser() if isinstance(named, str) else default_folder())
         except NotSupportedError as error:
+            self.folder = None
             self._refuse(f"not used: {error}")
+
+    def load(self) -> None:
+        """Bring torch's artifacts back, once a key."""
+        if self.folder is None or self.key == self._loaded_key:
             return
-        file = file_of(self.folder, key)
+        self._loaded_key, self.loaded = self.key, None
+        file = file_of(self.folder, self.key)
         try:
-            parts, present = read_parts(file, key), _present[_torchs_folder()]
+            parts, present = read_parts(file, self.key), _present[_torchs_folder()]
             # what was made in one process lies in the file of each of its components
             missing = [part for part in parts if not part.artifacts <= present]
             for part in reversed(missing):
@@ -111,18 +169,21 @@ class KeptOnDisk:
     def _save(self) -> None:
         self._saved_misses = self._counts.misses
         saved = torch.compiler.save_cache_artifacts()
-        if saved is None or self.folder is None or self._key is None:
+        if saved is None or self.folder is None:
             return
         data, info = saved
         names = frozenset(f"{kind}:{name}" for kind, found in info.artifacts.items() for name in found)
         _present[_torchs_folder()] |= names
-        file = file_of(self.folder, self._key)
+        self.add(file_of(self.folder, self.key), self.key, Part(data=data, artifacts=names))
+
+    def add(self, file: Path, key: dict[str, Any], part: Part) -> None:
+        """Write a part into a key's file beside what is there, or say why not and use the cache no more."""
         try:
-            old = read_parts(file, self._key)
+            old = read_parts(file, key)
         except (NotSupportedError, OSError):
             old = []
         try:
-            size = write_parts(file, self._key, joined(old, Part(data=data, artifacts=names)))
+            size = write_parts(file, key, joined(old, part))
         except (NotSupportedError, OSError) as error:
             self._refuse(f"not written: {in_one_line(error)}")
         else:
@@ -147,6 +208,14 @@ def key_of(root: nn.Module, options: CompileOptions) -> dict[str, Any]:
         **{package: _version(package) for package in ("triton", "diffusers", "diffusers-turbo")},
         "options": {name: value for name, value in options.as_dict().items() if name != "cache_dir"},
     }
+
+
+def _settings() -> list[dict[str, Any]]:
+    """Return the compiler's settings, as far as torch has them in the keys of its own cache."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    return [inductor.save_config_portable(), functorch.save_config_portable()]
 
 
 def _torchs_folder() -> str:

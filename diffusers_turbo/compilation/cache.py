@@ -25,7 +25,7 @@ FOLDER_VARIABLE = "DIFFUSERS_TURBO_CACHE"
 FORMAT = "diffusers_turbo compiled code, 1"
 SUFFIX = ".compiled"
 
-MAX_FILES = 32
+MAX_FILES = 128
 MAX_BYTES = 4 * 2**30
 """What a folder may hold. Beyond it the files that were longest not used are deleted."""
 

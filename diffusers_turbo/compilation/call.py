@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import in_one_line, with_causes
 from .counts import Counts
 from .garbage import rarely_collected
+from .kept_call import KeptCall
 from .sizes import MovingAxes, joining, smallest_step
 
 logger = logging.getLogger("diffusers_turbo")
@@ -23,6 +24,10 @@ class WatchedCall:
     Which errors are the compiler's? A call in which nothing was compiled raises its own. After one in which something
     was, the eager call is the judge: if it fails as well, its error goes on and the compiled call stays; if it gives a
     result, the compiler was to blame, and the module runs eagerly from then on.
+
+    Attributes:
+        kept: knows code from disk, for the calls that it fits; set from outside.
+        before_compiling: called before a call that torch may compile; set from outside.
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class WatchedCall:
         self.must_compile = must_compile
         self.counts = Counts()
         self.failure: str | None = None
+        self.kept: KeptCall | None = None
+        self.before_compiling: Callable[[], None] = _nothing
         self._axes = axes
 
     @classmethod
@@ -58,6 +65,14 @@ class WatchedCall:
         if compiled is None or torch.compiler.is_compiling():
             return self.eager(*args, **kwargs)
         marked_args, marked_kwargs = (args, kwargs) if self._axes is None else self._axes.marked(args, kwargs)
+        if self.kept is not None and (code := self.kept.code_for(args, kwargs)) is not None:
+            try:
+                return code(self.module, *args, **kwargs)
+            except Exception as error:
+                if _ran_out_of_memory(error):
+                    raise
+                self.kept.give_up(in_one_line(error, 300))
+        self.before_compiling()
         before = Counts.now()
         try:
             with rarely_collected():
@@ -77,6 +92,10 @@ class WatchedCall:
     def name(self) -> str:
         """Class of the module."""
         return type(self.module).__name__
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

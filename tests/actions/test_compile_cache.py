@@ -59,6 +59,7 @@ class Process:
     def run(self, *makes: str) -> None:
         """One call of the pipeline that compiles these graphs."""
         with self.scope.around_call(None):
+            self.call.before_compiling()
             self.store.made["inductor"] += makes
             self.call.counts += Counts(misses=len(makes))
 
@@ -102,7 +103,7 @@ def test_what_two_components_files_both_hold_is_loaded_once(tmp_path, store, mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
     again = KeptOnDisk(first.scope.root, first.scope.options, first.scope.modules)
     with again.around_call(None):
-        pass
+        again.load()
     assert store.loaded == [b"['a', 'b']", b"['a']"]
 
 
@@ -111,7 +112,7 @@ def test_what_this_process_made_is_not_loaded(tmp_path, store):
     process.run("a")
     again = KeptOnDisk(process.scope.root, process.scope.options, process.scope.modules)
     with again.around_call(None):
-        pass
+        again.load()
     assert store.loaded == []
 
 
@@ -237,15 +238,15 @@ def test_only_inductors_code_can_be_kept():
 CHILD = """
 import sys, types
 import torch
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import compilation_time_metrics, counters
 from diffusers_turbo.actions.compiling import apply
 from diffusers_turbo.planning.options import CompileUNet
 
 class Product(torch.nn.Module):
-    # a product alone: Inductor makes a wrapper around torch's own kernel, and no C++ has to be compiled
+    # products alone: Inductor makes a wrapper around torch's own kernel, and no C++ has to be compiled
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(8, 8))
+        self.weight = torch.nn.Parameter(float(sys.argv[2]) * torch.ones(8, 8))
 
     def forward(self, x):
         return x @ self.weight
@@ -253,23 +254,48 @@ class Product(torch.nn.Module):
 
 pipe = types.SimpleNamespace(unet=Product())
 journal = apply(pipe, CompileUNet(cache_dir=sys.argv[1]))
-with torch.no_grad(), journal.scopes[0].around_call(pipe):
-    pipe.unet(torch.ones(2, 8))
+for rows in map(int, sys.argv[3:]):
+    with torch.no_grad(), journal.scopes[0].around_call(pipe):
+        product = pipe.unet(torch.ones(rows, 8))
+    assert torch.equal(product, torch.full((rows, 8), 8 * float(sys.argv[2]))), product
+print("bytecode_tracing" in compilation_time_metrics, counters["frames"]["ok"])
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 print(*journal.told())
 """
 
 
+@pytest.fixture
+def process(tmp_path, monkeypatch):
+    """Runs a child with the real Inductor, and with a cache folder of torch's that is empty: weight, rows of calls."""
+    runs = []
+
+    def run(*arguments: int) -> list[str]:
+        runs.append(monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"torchs {len(runs)}")))
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "cache"), *map(str, arguments)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    return run
+
+
 @pytest.mark.slow
-def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
-    """The real Inductor and its real artifacts; each process with a cache folder of torch's that is empty."""
-    outputs = []
-    for process in ("first", "second"):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / process))
-        command = [sys.executable, "-c", CHILD, str(tmp_path / "cache")]
-        outputs.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert outputs[0].startswith("0 1\n")
-    assert outputs[1].startswith("1 0\n")
-    assert "MiB loaded from" in outputs[1]
-    assert "1 graphs found in torch's cache, 0 made anew" in outputs[1]
-    assert "written" not in outputs[1]
+def test_a_second_process_neither_traces_nor_compiles_its_first_size(process):
+    """Its weights are others, which the code must not hold; a second process of other sizes compiles for itself."""
+    first, second, other = process(1, 2), process(5, 2), process(1, 3)
+    assert first[0] == "True 0"
+    assert "Product: traced and compiled here, and kept" in first[2]
+    assert second[:2] == ["False 0", "0 0"]
+    assert "Product: neither traced nor compiled: found on disk" in second[2]
+    assert "written" not in second[2]
+    assert "traced and compiled here" in other[2]
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_no_other_size_either(process):
+    first, second = process(1, 2, 3), process(1, 2, 3)
+    assert first[0] == "True 1"
+    assert first[1] == "0 1"
+    assert second[:2] == ["True 1", "1 0"]
+    assert "found on disk" in second[2]
+    assert "MiB loaded from" in second[2]
+    assert "1 graphs found in torch's cache, 0 made anew" in second[2]
+    assert "written" not in second[2]
