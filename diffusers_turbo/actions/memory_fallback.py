@@ -23,6 +23,7 @@ from ..errors import OutOfMemoryError, TurboError, explain_failure, in_one_line
 from ..facts.pipeline import read_pipeline
 from ..planning.options import GroupOffload, MemoryFallback, Options, PartialOffload, SequentialOffload, VAETiling
 from ..planning.shrinking import suggest
+from .cached_memory import usable_bytes
 from .calls import COMPILED
 from .components import modules_of, networks_in
 from .guarded_call import GuardedCall, shapes_of
@@ -297,7 +298,7 @@ class Running:
                 width=width,
                 batch_size=batch_size,
                 options=[lever.options for lever in self.ledger.in_force()],
-                usable_bytes=_usable_bytes(self.pipe._execution_device),
+                usable_bytes=usable_bytes(self.pipe._execution_device),
                 tiling=self.record.allow_tiling,
             ),
         )
@@ -333,14 +334,3 @@ def _switch_on(pipe: Any, options: Options) -> None:
         getattr(pipe, options.action)(**options.as_dict())
     except TurboError as error:
         logger.warning("%s() made way for a step that is gone, and stays off: %s", options.action, error)
-
-
-def _usable_bytes(device: torch.device) -> int | None:
-    """Return what this process may hold on the device; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    # of "cuda" alone it tells no fraction
-    index = torch.cuda.current_device() if device.index is None else device.index
-    free, total = torch.cuda.mem_get_info(index)
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)(index)
-    return min(free + torch.cuda.memory_reserved(index), int(total * fraction))

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 
 from ..errors import NotSupportedError, explain_failure
 from ..facts.pipeline import read_pipeline
-from ..graphs.capture import is_recording
+from ..graphs.capture import is_recording, return_cached
 from ..modules import modules_in
 from ..planning.memory import LOOPED_ROLES
 from ..planning.options import PartialOffload
 from ..planning.residents import window_sizes
 from ..planning.units import gib
+from .cached_memory import return_cached_if_tight
 from .calls import look_again, release_recorded
 from .components import denoiser_of, modules_of
 from .hooks import ComponentHook, Hooked, UnitHook
 from .layers import LayerOrder, Passing
 from .offload import Placement, accelerator, refuse_foreign_offload
 from .page_locked import PinnedMemory
-from .streaming import HOST, Loan, Unit, Window, bring, return_cached, weights_of
+from .streaming import HOST, Loan, Unit, Window, bring, weights_of
 from .undo import Journal, journaling
 
 
@@ -126,14 +127,17 @@ class PartialResidency:
                 self._visiting.bring(self._visitors(component), faithful=self._in_call)
                 self._working = component
             return
+        others_left = self._working is not None
         self._send_others()
         if self.layers.groups is not None and component not in self.layers.learnt:
             self._begin_to_learn()  # a ControlNet that had no part in the first step
         if not (self._in_call and self._checked):
             self._look_for_changes()
+        if not self._here and self.layers.streamed:
+            return_cached(self.device)  # weights in the middle of it leave gaps that no graph can use
+        elif not self._here or others_left:
+            return_cached_if_tight(self.device)  # what comes now is there for the decode, too, and so are its segments
         if not self._here:
-            if self.layers.streamed:
-                return_cached(self.device)  # weights in the middle of it leave gaps that no graph can use
             self._staying.bring(self.layers.resident, faithful=self._in_call and self.options.denoiser_leaves)
             self._here = True
         if self.layers.groups is None:

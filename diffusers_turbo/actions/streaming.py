@@ -50,12 +50,6 @@ class Group:
         return sum(unit.size for unit in self.units)
 
 
-def return_cached(device: torch.device) -> None:
-    """Return to a device what its allocator keeps for allocations to come."""
-    if device.type not in ("cpu", "mps"):
-        torch.get_device_module(device).empty_cache()
-
-
 def extent(tensor: Tensor) -> int:
     """Return the bytes from a tensor's first element to its last, whatever its strides."""
     if not tensor.numel():

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import in_one_line
 from ..modules import bring_of, device_of, end_of, hooked_in, moves_unrecorded
-from .capture import CAPTURES, Capture, is_recording
+from .capture import CAPTURES, Capture, is_recording, return_cached
 from .inputs import StaticInputs
 from .signature import MODE, Signature, flatten, signature_of, unflatten
 from .watch import Watch, why_not_capturable
@@ -171,6 +171,8 @@ class GraphedCall:
         while len(self.graphs) >= self.max_graphs:
             _, oldest = self.graphs.popitem(last=False)
             oldest.release()
+        # nothing that is cached goes back while a graph is recorded, nor the segment that an input of its own lies in
+        return_cached(self.device)
         inputs = StaticInputs(leaves, self.device)
 
         def run() -> Any:

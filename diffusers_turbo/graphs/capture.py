@@ -16,6 +16,12 @@ def is_recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def return_cached(device: torch.device) -> None:
+    """Return to a device what its allocator keeps for allocations to come."""
+    if device.type not in ("cpu", "mps"):
+        torch.get_device_module(device).empty_cache()
+
+
 class Capture(Protocol):
     """A recorded run. Its output tensors are its own and are overwritten by each replay."""
 

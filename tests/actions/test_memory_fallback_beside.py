@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_turbo import turbo
-from diffusers_turbo.actions import memory_fallback
+from diffusers_turbo.actions import cached_memory
 from diffusers_turbo.errors import OutOfMemoryError
 from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.parity import distance
@@ -226,4 +226,4 @@ def test_the_room_on_a_device_that_is_named_without_its_number(name, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction, raising=False)
-    assert memory_fallback._usable_bytes(torch.device(name)) == (500 if name == "cuda:1" else 250)
+    assert cached_memory.usable_bytes(torch.device(name)) == (500 if name == "cuda:1" else 250)

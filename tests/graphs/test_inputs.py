@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_turbo.graphs import call as graph_call
+from diffusers_turbo.graphs.call import GraphedCall
+from diffusers_turbo.graphs.capture import CAPTURES
 from diffusers_turbo.graphs.inputs import StaticInputs
+from tests.graphs.fake import FakeCapture
 
 CPU = torch.device("cpu")
 
@@ -81,3 +85,25 @@ def test_expanded_tensors_keep_their_strides(expanded):
     inputs.fill([torch.ones(6).as_strided((2, 3), expanded.stride())])
     assert inputs.static[0].stride() == expanded.stride()
     assert inputs.static[0].eq(1).all()
+
+
+def test_what_is_cached_goes_back_before_a_graph_lays_its_inputs_out(monkeypatch):
+    """An input of its own would hold the segment that it lies in for as long as the graph is there."""
+    happened = []
+    monkeypatch.setattr(graph_call, "return_cached", lambda device: happened.append("returned"))
+
+    def inputs(leaves, device):
+        happened.append("inputs")
+        return StaticInputs(leaves, device)
+
+    def capture(run, device):
+        happened.append("recorded")
+        return FakeCapture(run, device)
+
+    monkeypatch.setattr(graph_call, "StaticInputs", inputs)
+    monkeypatch.setitem(CAPTURES, "cpu", capture)
+    call = GraphedCall(module := torch.nn.Linear(2, 2), module._call_impl, max_graphs=1)
+    with torch.no_grad():
+        for _ in range(3):
+            call(torch.ones(1, 2))
+    assert happened == ["returned", "inputs", "recorded"]
