@@ -2,6 +2,7 @@
 
     python docs/benchmarks/large_pictures.py docs/benchmarks/large-pictures-<gpu>.json
 
+"auto" is `auto_optimize` with what the card has as its budget; the other rows are switches by hand.
 Needs a CUDA device, no download: full-size architectures with random weights, float16, text encoders included. Each row
 runs in a process of its own, since the cap must be there before the first allocation. Out of memory is a result.
 """
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from diffusers_turbo import turbo
+from diffusers_turbo import auto_optimize, turbo
 from diffusers_turbo.bench.environment import read_environment
 from tests import full_size
 
@@ -32,9 +33,12 @@ TILES: Calls = (("enable_vae_tiling", {"tile_size": 512}),)
 EXACT_TILES: Calls = (("enable_vae_exact_tiling", {}),)
 EXACT_TILES_ON_HOST: Calls = (("enable_vae_exact_tiling", {"hold_on": "host"}),)
 OFFLOAD: Calls = (("enable_model_cpu_offload", {}),)
+AUTO: Calls = (("auto_optimize", {}),)
 
 # architecture, height, width, pictures, switches; "stock" is diffusers' own tiling with the same tile
 ROWS: dict[str, tuple[str, int, int, int, Calls, bool]] = {
+    "sd15 4K, auto": ("sd15", 2224, 3840, 1, AUTO, False),
+    "sd15 32 of 512, auto": ("sd15", 512, 512, 32, AUTO, False),
     "sd15 4K, exact tiles": ("sd15", 2224, 3840, 1, EXACT_TILES + OFFLOAD, False),
     "sd15 4K, exact tiles, pictures on the host": ("sd15", 2224, 3840, 1, EXACT_TILES_ON_HOST + OFFLOAD, False),
     "sd15 4K, our tiles": ("sd15", 2224, 3840, 1, TILES + OFFLOAD, False),
@@ -55,19 +59,19 @@ ROWS: dict[str, tuple[str, int, int, int, Calls, bool]] = {
 
 def main(path: Path) -> None:
     """Run each row in a process of its own and write the JSON."""
-    rows = {}
-    for name in ROWS:
-        child = subprocess.run([sys.executable, __file__, "--row", name], capture_output=True, text=True, check=False)
-        last = child.stdout.strip().splitlines()[-1:]
-        rows[name] = json.loads(last[0]) if last and child.returncode == 0 else {"failed": child.stderr[-2000:]}
-        print(name, rows[name], flush=True)
+    rows: dict[str, Any] = {}
     data = {
         "environment": read_environment("cuda", measure=False),
         "card_bytes": CARD_BYTES,
         "steps": STEPS,
         "rows": rows,
     }
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    for name in ROWS:
+        child = subprocess.run([sys.executable, __file__, "--row", name], capture_output=True, text=True, check=False)
+        last = child.stdout.strip().splitlines()[-1:]
+        rows[name] = json.loads(last[0]) if last and child.returncode == 0 else {"failed": child.stderr[-2000:]}
+        print(name, rows[name], flush=True)
+        path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def run(name: str) -> dict[str, Any]:
@@ -79,16 +83,20 @@ def run(name: str) -> dict[str, Any]:
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     pipe = turbo(full_size.build(architecture, device="cpu"))
     pipe.set_progress_bar_config(disable=True)
-    if not any(method == "enable_model_cpu_offload" for method, _ in calls):
-        pipe.to("cuda")
     if stock_tiles:
         pipe.vae.enable_tiling()
         pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 64, 512
-    for method, options in calls:
-        getattr(pipe, method)(**options)
+    row: dict[str, Any] = {"allowed_bytes": allowed}
+    if calls == AUTO:
+        auto_optimize(pipe, height=height, width=width, batch_size=pictures, steps=STEPS, vram_budget=allowed)
+        plan = pipe.turbo_report().plan
+        row |= {"plan": [step.action for step in plan.steps], "exact": pipe.turbo_report().exact}
+        row["predicted_bytes"] = plan.after.peak_bytes if plan.after else None
+    else:
+        for method, options in calls:
+            getattr(pipe, method)(**options)
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    row: dict[str, Any] = {"allowed_bytes": allowed}
     try:
         made = pipe(["a red cat"] * pictures, height=height, width=width, num_inference_steps=STEPS, output_type="pt")
         torch.cuda.synchronize()
