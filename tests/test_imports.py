@@ -92,7 +92,7 @@ MAY_IMPORT = {
     "compiling": {"actions", "planning", "switching"},
     "mixin": {"actions", "algebra", "compiling", "copying", "easing", "looking", "looping", "planning"},
     # an architecture to predict for is built by the bench room, imported when one is named
-    "prediction": {"actions", "attention", "bench", "errors", "facts", "planning", "tiling"},
+    "prediction": {"actions", "attention", "bench", "errors", "facts", "kernels", "planning", "tiling"},
     "entry": {"actions", "attention", "facts", "mixin", "planning", "prediction", "verification"},
 }
 

@@ -89,6 +89,15 @@ def apply(pipe: Any, options: FusedKernels) -> Journal:
         found = "; ".join(unavailable()) or "a GPU below what Triton needs"
         needed = "Triton and an NVIDIA GPU of SM 7.0 or newer"
         raise NotSupportedError(explain_failure(tried, found, needed, "leave this switch off here"))
+    return put_in(pipe, places, tried)
+
+
+def put_in(pipe: Any, places: dict[str, frozenset[Place]], tried: str) -> Journal:
+    """Give the layers that these kernels fit a forward that calls one, in the places where each may run.
+
+    Raises:
+        NotSupportedError: no layer of the pipeline is of a kind they fit.
+    """
     require_plain_weights(pipe, tried)
     roots = modules_of(pipe)
     layers: list[FusedForward] = []

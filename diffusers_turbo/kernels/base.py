@@ -98,8 +98,12 @@ class Kernel:
         if interpreting():
             return frozenset(("cpu", dtype) for dtype in self.limits.dtypes)
         levels = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+        return self.places_at("cuda", *levels)
+
+    def places_at(self, device_type: str, *levels: tuple[int, int]) -> frozenset[Place]:
+        """Where it can run on GPUs of these SM levels, named `device_type`: "meta" for what stands in for them."""
         return frozenset(
-            ("cuda", dtype)
+            (device_type, dtype)
             for dtype in self.limits.dtypes
             if not any(dtype_reasons(self.limits, dtype, level) for level in levels)
         )

@@ -13,11 +13,13 @@ import torch
 
 from ..actions.apply import APPLY
 from ..actions.attention import FusedAttention
+from ..actions.fused_kernels import put_in
 from ..actions.ledger import ledger_of
 from ..actions.precision import cast
 from ..actions.undo import Journal
 from ..errors import NotSupportedError
 from ..facts.device import DeviceFacts
+from ..kernels.registry import KERNELS
 from ..planning import options as opt
 from ..planning.conflicts import in_order
 from ..planning.options import Options
@@ -29,6 +31,7 @@ ON_SKELETON = (
     opt.ChannelsLast,
     opt.PointwiseMatmul,
     opt.FusedQKV,
+    opt.FusedKernels,
 )
 """Thrown on the skeleton by their own actions."""
 
@@ -53,7 +56,6 @@ NO_DIFFERENCE = (opt.TF32, opt.SyncFreeLoop, opt.MemoryFallback)
 """Take no memory of their own."""
 
 AS_PLAIN: dict[type[Options], str] = {
-    opt.FusedKernels: "the fused kernels are predicted as the plain operators they replace, which hold more",
     opt.SharedGuidance: "shared guidance is predicted as the whole batch of both halves, which holds more",
     opt.TimeProjections: "the time projections of all steps (a few MiB) are left out",
     opt.CompileUNet: "compiled code is predicted as eager code, not measured: fusing usually holds less",
@@ -81,14 +83,14 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
     """Throw on the skeleton what changes its networks, but for what is `already` on; return what could not be."""
     told = []
     for option in in_order(option for option in options if isinstance(option, ON_SKELETON)):
-        # its forwards were left behind
-        if option in already and not isinstance(option, opt.PointwiseMatmul):
+        # their forwards were left behind
+        if option in already and not isinstance(option, (opt.PointwiseMatmul, opt.FusedKernels)):
             continue
         if isinstance(option, opt.HalfPrecision):
             # the action keeps the originals, and there are none here
             cast(skeleton.pipe, getattr(torch, option.dtype or skeleton.facts.native_dtype))
             continue
-        told += _throw_one(skeleton, option)[1]
+        told += _throw_one(skeleton, option, device)[1]
     attention = next((option for option in options if isinstance(option, ATTENTION)), None)
     if attention is None and any(isinstance(option, opt.FusedQKV) for option in options):
         attention = FusedAttention()  # diffusers' own processors leave fused projections aside
@@ -108,9 +110,23 @@ def thrown_on_vae(skeleton: Skeleton, options: Sequence[Options], already: Seque
             journal.revert()
 
 
-def _throw_one(skeleton: Skeleton, option: Options) -> tuple[Journal, list[str]]:
+def _throw_one(skeleton: Skeleton, option: Options, device: DeviceFacts | None = None) -> tuple[Journal, list[str]]:
     try:
+        if isinstance(option, opt.FusedKernels):
+            return _fused_kernels(skeleton, option, device), []
         return APPLY[type(option)](skeleton.pipe, option), []
     except NotSupportedError as error:
         told = f"{option.action}() cannot be thrown on this pipeline: {' '.join(str(error).split())}"
         return Journal(), [told]
+
+
+def _fused_kernels(skeleton: Skeleton, option: opt.FusedKernels, device: DeviceFacts | None) -> Journal:
+    """Put in the kernels that run on the device that is asked about; on the meta device they only allocate.
+
+    Layers that are looked at here, as those are that weights are streamed into, do without a convolution's or
+    projection's own kernel.
+    """
+    level = device.sm if device is not None else None
+    wanted = [name for name, on in option.as_dict().items() if on]
+    places = {name: KERNELS[name].places_at("meta", level) if level else frozenset() for name in wanted}
+    return put_in(skeleton.pipe, places, f"{option.action}()")
