@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import in_one_line
-from ..graphs.signature import MODE, flatten, signature_of
+from ..graphs.signature import MODE, Signature, flatten, signature_of
 from ..graphs.watch import Watch, why_not_capturable
 from ..modules import modules_in
 from .garbage import rarely_collected
@@ -43,7 +43,7 @@ class KeptCall:
         self.made = False
         self.reason: str | None = None
         self._decided = False
-        self._signature: str | None = None
+        self._signature: tuple[Signature, tuple[Any, ...]] | None = None
         self._watch: _Watch | None = None
         self._look = True
 
@@ -55,7 +55,7 @@ class KeptCall:
         """Return the code of a call, None where it goes the compiler's ordinary way."""
         if self._decided and self.code is None:
             return None
-        signature = signature_text(self.module, args, kwargs)
+        signature = whole_signature(self.module, args, kwargs)
         if not self._decided:
             self._decided, self._signature = True, signature
             self._decide(args, kwargs)
@@ -78,20 +78,18 @@ class KeptCall:
 
     def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find code for the first call, or make it."""
-        found = "its arguments are more than tensors and plain values" if self._signature is None else None
-        if torch.is_grad_enabled():
-            found = "gradients are recorded"
-        if found := found or why_not_capturable(self.module):
-            self.reason = found
+        found = "gradients are recorded" if torch.is_grad_enabled() else why_not_capturable(self.module)
+        if self._signature is None or found:
+            self.reason = found or "its arguments are more than tensors and plain values"
             return
+        text = as_text(self._signature)
         with rarely_collected():
-            self.code = self._read(args, kwargs) or self._make(args, kwargs)
+            self.code = self._read(text, args, kwargs) or self._make(text, args, kwargs)
         if self.code is not None:
             self._watch = _Watch(self.module)
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeptCode | None:
-        assert self._signature is not None
-        for data in self.shelf.read(self._signature):
+    def _read(self, signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeptCode | None:
+        for data in self.shelf.read(signature):
             try:
                 code = KeptCode.from_bytes(data)
                 reason = code.why_not(self.module, args, kwargs)
@@ -103,15 +101,14 @@ class KeptCall:
             logger.info("%s: code on disk is of another call: %s", type(self.module).__name__, reason)
         return None
 
-    def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeptCode | None:
-        assert self._signature is not None
+    def _make(self, signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeptCode | None:
         try:
             code = KeptCode.make(self.module, args, kwargs, self.mode)
         except Exception as error:  # what cannot be traced whole, not compiled, or not pickled: each has its own type
             self.reason = in_one_line(error, 300)
             return None
         self.made = True
-        self.shelf.write(self._signature, code.name, code.to_bytes())
+        self.shelf.write(signature, code.name, code.to_bytes())
         code.make_ready()
         return code
 
@@ -155,12 +152,18 @@ class _Watch:
 _PLAIN = frozenset(PLAIN)
 
 
-def signature_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Return what a call's code depends on beside the module, the same in every process; None where that is unknown."""
+def whole_signature(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Signature, tuple[Any, ...]] | None:
+    """Return what a call's code depends on beside the module, None where that is unknown."""
     leaves, structure = flatten(args, kwargs)
     device = next(module.parameters()).device
     signature = signature_of(leaves, structure, device, vars(module).get(MODE))
-    if signature is None:
-        return None
     process = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), device)
-    return f"{signature.structure} {signature.leaves} {signature.modes} {process}"
+    return None if signature is None else (signature, process)
+
+
+def as_text(signature: tuple[Signature, tuple[Any, ...]]) -> str:
+    """Return a signature as the same text in every process."""
+    call, process = signature
+    return f"{call.structure} {call.leaves} {call.modes} {process}"

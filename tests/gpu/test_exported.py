@@ -25,12 +25,13 @@ def test_pictures_memory_and_graphs(tmp_path):
     torch.cuda.synchronize()
     before, free_before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     pipe.load_exported_unet(path)
+    taken = []
     for _ in range(2):
         ours = [tiny.picture(pipe, batch=batch, height=height, width=width) for batch, height, width in sizes]
         for picture, wanted in zip(ours, stock, strict=True):
             assert distance(picture, wanted).psnr_db >= 60
         assert torch.cuda.memory_allocated() - before < weights / 4
-        assert free_before - torch.cuda.mem_get_info()[0] < weights, "outside of torch's allocator"
+        taken.append(free_before - torch.cuda.mem_get_info()[0])
         pipe.enable_cuda_graphs()
     report = str(pipe.turbo_report())
     assert "runs eagerly:" not in report
@@ -41,3 +42,4 @@ def test_pictures_memory_and_graphs(tmp_path):
     pipe.turbo_undo()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < weights / 4
+    assert max(taken) < weights, "outside of torch's allocator, if no other process took it"
