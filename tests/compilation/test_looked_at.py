@@ -55,7 +55,6 @@ class Thing:
         ({"a": 1}, OrderedDict(a=1)),
         ([Thing()], [Thing(), Thing()]),
     ],
-    ids=str,
 )
 def test_what_differs_is_described_differently(one, other):
     assert describe(one) != describe(other)
