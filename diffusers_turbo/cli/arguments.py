@@ -32,6 +32,9 @@ Vram = Annotated[
     str | None, typer.Option("--vram", help='Memory to stay within, such as "6GB". Default: what is free.')
 ]
 Tier = Annotated[str | None, typer.Option(help="instant, compiled, fastest or none. Default: fastest, where measured.")]
+CacheDir = Annotated[
+    str | None, typer.Option(help="Folder for what is compiled, where the next process finds it. Default: none.")
+]
 Exact = Annotated[bool, typer.Option("--exact", help="Allow exact steps only.")]
 ExtraCases = Annotated[str | None, typer.Option("--cases", help="TOML file with configurations of your own.")]
 

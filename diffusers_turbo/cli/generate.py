@@ -38,6 +38,7 @@ def generate(
     vram: arg.Vram = None,
     exact: arg.Exact = False,
     tier: arg.Tier = None,
+    cache_dir: arg.CacheDir = None,
     plain: Annotated[bool, typer.Option("--plain", help="As diffusers makes it: switch nothing on.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what was switched on, and why.")] = False,
     as_json: arg.Json = False,
@@ -67,7 +68,8 @@ def generate(
         size_of(pipe, job)
         if not plain:
             wanted: dict[str, Any] = {"vram_budget": vram, "exact": exact, "tier": tier, "images": images}
-            auto_optimize(pipe, device=place, height=height, width=width, steps=steps, **wanted)
+            wanted |= {"height": height, "width": width, "steps": steps, "cache_dir": cache_dir}
+            auto_optimize(pipe, device=place, **wanted)
     written, seconds = [], []
     with progress_bar() as tell:
         for number in range(images):

@@ -63,6 +63,7 @@ def plan(
     vram: arg.Vram = None,
     exact: arg.Exact = False,
     tier: arg.Tier = None,
+    cache_dir: arg.CacheDir = None,
     as_json: arg.Json = False,
 ) -> None:
     """Say what would be switched on for a model, here or on a card you do not have, why, and the predicted peaks."""
@@ -85,6 +86,7 @@ def plan(
         dtype=cast,
         exact=exact,
         tier=tier,
+        cache_dir=cache_dir,
         estimates=predictor.estimate if predictor is not None else estimate_memory,
     )
     peaks = _peaks(predictor, made) if predictor is not None else None

@@ -173,7 +173,8 @@ def test_generate(tmp_path, capsys):
     with Image.open(told_json["files"][0]) as first, Image.open(told_json["files"][1]) as second:
         assert first.size == (128, 128)
         assert first.tobytes() != second.tobytes()
-    assert main([*asked, "--plain"]) == 0
+    assert main([*asked, "--plain", "--cache-dir", str(tmp_path / "kept")]) == 0
+    assert not (tmp_path / "kept").exists(), "nothing was compiled"
     with Image.open(out) as plain, Image.open(told_json["files"][0]) as first:
         assert plain.tobytes() == first.tobytes()  # the same seed; on a CPU the plan is the trace, the same bits
 
@@ -190,6 +191,10 @@ def test_probe_and_plan(capsys):
     assert plan["predicted"]["margin"] == 0.15, "no peak was measured on an RTX 3060"
     read = json.loads(Plan.from_json(json.dumps(plan)).to_json())
     assert read == {name: plan[name] for name in plan if name != "predicted"}
+    asked = ["plan", "--arch", "sd15", "--card", "H100", "--tier", "compiled", "--json"]
+    assert main([*asked, "--cache-dir", "kept"]) == 0
+    steps = {step["action"]: step["options"] for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert steps["compile_unet"]["cache_dir"] == steps["compile_vae"]["cache_dir"] == "kept"
     assert main(["plan", "--arch", "sd15", "--card", "GTX 1650", "--dtype", "float32"]) == 0
     assert "Plan for StableDiffusionPipeline" in told(capsys)
 
@@ -215,6 +220,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "an unknown baseline": (["bench", *MODEL, "--baseline", "sdpa"], "--baseline sdpa: found no such configuration"),
     "no rounds": (["bench", *MODEL, "--rounds", "0"], "rounds"),
     "two configurations to verify": (["verify", *MODEL, "--configs", "a,b"], "2 configurations"),
+    "no folder for what is compiled": (["generate", "a", *MODEL, "--cache-dir", ""], "cache_dir"),
     "no pictures": (["generate", "a", *MODEL, "--images", "0"], "1 or more"),
     "a picture of no format": (["generate", "a", *MODEL, "--out", "a.txt"], ".png, .jpg or .webp"),
     "a dtype that is none": (["bench", *MODEL, "--dtype", "int4"], "float32, float16 or bfloat16"),
