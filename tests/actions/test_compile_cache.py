@@ -16,7 +16,7 @@ from torch import nn
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import compile_cache
-from diffusers_turbo.actions.compile_cache import KeptOnDisk, key_of
+from diffusers_turbo.actions.compile_cache import KeptOnDisk, Shelf, key_of
 from diffusers_turbo.compilation.call import WatchedCall
 from diffusers_turbo.compilation.counts import Counts
 from diffusers_turbo.planning.options import CompileUNet
@@ -233,6 +233,69 @@ def test_only_inductors_code_can_be_kept():
         CompileUNet(cache_dir=True, backend="eager")
     with pytest.raises(TurboError, match="True, False, None or a folder"):
         CompileUNet(cache_dir="")
+
+
+def shelf(folder: Path) -> Shelf:
+    """Where code of a linear layer's calls lies, as in a new process."""
+    module = nn.Linear(2, 2)
+    disk = KeptOnDisk(module, CompileUNet(cache_dir=folder), [])
+    with disk.around_call(None):
+        return Shelf(disk, module)
+
+
+def test_code_of_calls_lies_in_a_file_for_each_signature_the_newest_variant_first(tmp_path):
+    folder = tmp_path / "cache"
+    assert shelf(folder).read("a") == []
+    shelf(folder).write("a", "one", b"1")
+    shelf(folder).write("a", "two", b"2")
+    shelf(folder).write("b", "one", b"3")
+    shelf(folder).write("a", "one", b"4")
+    assert shelf(folder).read("a") == [b"4", b"2"]
+    assert shelf(folder).read("b") == [b"3"]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+
+
+def test_code_made_under_other_settings_of_the_compiler_is_another(tmp_path):
+    shelf(tmp_path / "cache").write("a", "one", b"1")
+    with torch._inductor.config.patch(max_autotune=True):
+        assert shelf(tmp_path / "cache").read("a") == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "truncated or changed bytes"),
+        (lambda file: file.chmod(0o666), "can be written to by its group and everybody"),
+    ],
+)
+def test_spoilt_code_of_a_call_is_not_run_and_made_anew(tmp_path, caplog, spoil, reason):
+    folder = tmp_path / "cache"
+    shelf(folder).write("a", "one", b"1")
+    spoil(only_file(folder))
+    assert shelf(folder).read("a") == []
+    assert reason in caplog.text
+    assert "a call's code is made anew" in caplog.text
+    shelf(folder).write("a", "one", b"2")
+    assert shelf(folder).read("a") == [b"2"]
+
+
+def test_in_a_folder_that_others_can_write_no_code_is_kept(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    shelf(folder).write("a", "one", b"1")
+    assert shelf(folder).read("a") == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"regional": True}, {"dynamic": True}])
+def test_code_of_small_modules_and_code_for_all_sizes_is_kept_by_torchs_artifacts_alone(tmp_path, options):
+    pipe = turbo(tiny.sd())
+    pipe.compile_unet(cache_dir=tmp_path / "cache", **options)
+    (scope,) = pipe._turbo_ledger.top("compile_unet").journal.scopes
+    with scope.around_call(pipe):
+        assert {module.compiled.kept for module in scope.modules} == {None}
 
 
 CHILD = """
