@@ -134,16 +134,24 @@ class _Watch:
         states = list(map(vars, modules_in(self._watch.root)))
         processors = (state["processor"] for state in states if "processor" in state)
         self._states = [*states, *(vars(one) for one in processors if hasattr(one, "__dict__"))]
-        self._numbers, self._values = self._watch.numbers(), self._plain_values()
+        self._numbers, (self._plain, self._held) = self._watch.numbers(), self._attributes()
 
-    def _plain_values(self) -> list[Any]:
-        return [value for state in self._states for value in state.values() if type(value) in _PLAIN]
+    def _attributes(self) -> tuple[list[Any], list[Any]]:
+        """Return plain values, to be compared as such, and tuples and configs, which may hold what cannot be."""
+        values = [value for state in self._states for value in state.values()]
+        configs = [state["_internal_dict"] for state in self._states if "_internal_dict" in state]
+        plain = [value for value in values if type(value) in _PLAIN]
+        return plain, [*(value for value in values if type(value) is tuple), *configs]
+
+    def _has_other_attributes(self) -> bool:
+        plain, held = self._attributes()
+        return plain != self._plain or list(map(id, held)) != list(map(id, self._held))
 
     def changed(self, *, everything: bool) -> bool:
         """Whether anything changed since last time; what a callback may change between two steps, or everything."""
         changed = self._watch.numbers() != self._numbers
         if everything:
-            changed |= self._watch.changed() or self._plain_values() != self._values
+            changed |= self._watch.changed() or self._has_other_attributes()
         if changed:
             self._take()
         return changed

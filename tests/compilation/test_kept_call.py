@@ -29,7 +29,8 @@ class Code:
         if cls.fails:
             raise cls.fails
         cls.made += 1
-        sources = ["module.scale", "module._modules['inner'].scale", "type(module._modules['inner'].processor)"]
+        sources = ["module.scale", "type(module._modules['inner'].processor)"]
+        sources += [f"module._modules['inner'].{name}" for name in ("scale", "padding", "_internal_dict['size']")]
         return cls(LookedAt.now(sources, [], {"module": module}))
 
     @classmethod
@@ -67,7 +68,8 @@ class Shelf:
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale, self.processor = 2, _Plain()
+        self.scale, self.padding, self.processor = 2, (1, 1), _Plain()
+        self._internal_dict = {"size": 1}
 
 
 class _Plain: ...
@@ -130,14 +132,23 @@ def test_other_arguments_and_modes_go_the_compilers_way():
     assert Code.made == 1
 
 
-@pytest.mark.parametrize("where", ["scale", "inner.scale", "inner.processor"])
-def test_a_module_that_changed_goes_the_compilers_way_until_it_is_as_it_was(where):
+@pytest.mark.parametrize(
+    ("where", "other"),
+    [
+        ("scale", 5),
+        ("inner.scale", 5),
+        ("inner.padding", (0, 0)),
+        ("inner._internal_dict", {"size": 2}),
+        ("inner.processor", object()),
+    ],
+)
+def test_a_module_that_changed_goes_the_compilers_way_until_it_is_as_it_was(where, other):
     call = kept()
     assert call.code_for(ONES, {}) is not None
     *path, name = where.split(".")
     owner = call.module.get_submodule(".".join(path))
     before = getattr(owner, name)
-    setattr(owner, name, 5 if name == "scale" else Code)
+    setattr(owner, name, other)
     call.look_again()
     assert call.code_for(ONES, {}) is None
     assert call.code_for(ONES, {}) is None, "nothing changed since, and it still does not fit"
