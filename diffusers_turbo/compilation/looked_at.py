@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, range, slice)
 _TORCHS = (torch.dtype, torch.device, torch.memory_format, torch.layout)
-_MANY = (list, tuple, set, frozenset)
+_LISTS, _SETS = (list, tuple), (set, frozenset)
 
 NOTHING = "nothing there"
 
@@ -91,6 +91,9 @@ def describe(value: Any) -> str:
     >>> describe(nn.Conv2d(1, 2, 3, bias=False).weight)
     'torch.nn.parameter.Parameter torch.float32 (2, 1, 3, 3) (9, 9, 3, 1) cpu True'
     """
+    if type(value) in _SETS and all(map(_is_plain, value)):
+        # whose order is another one in every process
+        return f"{type(value).__name__} {sorted(map(repr, value))}"
     if _is_plain(value):
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, type) or hasattr(value, "__qualname__"):
@@ -104,7 +107,7 @@ def describe(value: Any) -> str:
         # names like __slotnames__ come to classes as they are used; what a key holds has a source of its own
         keys = (repr(key) if _is_plain(key) else describe(key) for key in value if not _is_special(key))
         return f"{kind} of {', '.join(keys)}"
-    if isinstance(value, _MANY):
+    if isinstance(value, (*_LISTS, *_SETS)):
         return f"{kind} of {len(value)}"
     names = sorted(getattr(value, "__dict__", ()))
     if isinstance(value, nn.Module):
@@ -114,7 +117,7 @@ def describe(value: Any) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, _MANY) and type(value) in _MANY:
+    if type(value) in _LISTS:
         return all(map(_is_plain, value))
     return isinstance(value, (*PLAIN, *_TORCHS))
 

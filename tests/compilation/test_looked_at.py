@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import enum
 import math
+import os
+import subprocess
 import sys
 import types
 from collections import OrderedDict
@@ -78,6 +80,20 @@ def test_the_same_made_twice_is_described_alike_and_without_an_address(make):
     one, other = make(), make()
     assert describe(one) == describe(other)
     assert "0x" not in describe(one)
+
+
+def test_a_set_is_described_alike_whatever_the_order_that_its_process_gives_it():
+    code = (
+        "from diffusers_turbo.compilation.looked_at import describe; print(describe(frozenset(['mps', 'npu', 'xla'])))"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in "0123"
+    }
+    assert told == {b"frozenset [\"'mps'\", \"'npu'\", \"'xla'\"]\n"}
+    assert describe({1, 2}) != describe({1, 3})
 
 
 def test_names_that_come_to_a_class_as_it_is_used_are_no_difference():
