@@ -92,8 +92,8 @@ class KeptOnDisk:
     @contextmanager
     def around_call(self, pipe: Any) -> Iterator[None]:
         """Let the component's calls read before they compile, and write what they made."""
-        if self.refused is None:
-            self.key = key_of(self.root, self.options)
+        if self.refused is None and (key := key_of(self.root, self.options)) != self.key:
+            self.key = key
             self._open_folder()
         for call in self._calls:
             call.before_compiling = self.load
