@@ -127,7 +127,9 @@ def _is_special(key: Any) -> bool:
 
 
 def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', None) or builtins.__name__}.{value.__qualname__}"
+    name = f"{getattr(value, '__module__', None) or builtins.__name__}.{value.__qualname__}"
+    code = getattr(value, "__code__", None)  # many functions are called <lambda>
+    return name if code is None else f"{name} in line {code.co_firstlineno}"
 
 
 def _digest(module: str) -> str:

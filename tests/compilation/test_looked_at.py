@@ -51,6 +51,7 @@ class Thing:
         (nn.SiLU(), nn.ReLU()),
         (nn.Linear(1, 1), nn.Linear(1, 1, bias=False)),
         (nn.functional.silu, nn.functional.relu),
+        (lambda: 1, Thing.method),
         (len, max),
         (math, sys),
         (Thing(a=1), Thing(b=1)),
@@ -100,6 +101,13 @@ def test_names_that_come_to_a_class_as_it_is_used_are_no_difference():
     before = describe(vars(Thing))
     copy.copy(Thing())  # adds __slotnames__
     assert describe(vars(Thing)) == before
+
+
+def test_functions_of_one_name_are_told_by_where_they_stand():
+    one = lambda: 1  # noqa: E731
+    other = lambda: 1  # noqa: E731
+    assert one.__qualname__ == other.__qualname__
+    assert describe(one) != describe(other)
 
 
 def test_two_sources_of_one_object_are_told_from_two_objects():
