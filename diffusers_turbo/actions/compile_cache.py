@@ -42,7 +42,7 @@ CompileOptions = CompileUNet | CompileTransformer | CompileVAE
 
 
 @dataclass
-class Shelf:
+class ShelfOnDisk:
     """Where the code of one module's calls lies: a file for each signature."""
 
     disk: KeptOnDisk
@@ -98,7 +98,7 @@ class KeptOnDisk:
         for call in self._calls:
             call.before_compiling = self.load
             if call.kept is None and self._keeps_calls:
-                call.kept = KeptCall(call.module, Shelf(self, call.module), mode=self.options.mode)
+                call.kept = KeptCall(call.module, ShelfOnDisk(self, call.module), mode=self.options.mode)
             if call.kept is not None:
                 call.kept.look_again()
         yield

@@ -36,7 +36,6 @@ class KeptCode:
     Attributes:
         looked_at: what must be as it was.
         imports: what Dynamo calls Python modules among the globals of the code -> their names.
-        name: of all that, to tell codes of one signature apart.
     """
 
     def __init__(self, looked_at: LookedAt, imports: dict[str, str], data: bytes, code: Any = None) -> None:
@@ -87,6 +86,7 @@ class KeptCode:
 
     @property
     def name(self) -> str:
+        """A digest of what it depends on, which tells codes of one signature apart."""
         return hashlib.sha256(repr(self.looked_at).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:

@@ -289,7 +289,7 @@ class Session:
         for cap in lower_and_lower(job.exact_caps):
             if not has_pictures(self.capped(name, OURS, int(cap * GB), exact=True)):
                 break
-        for way in [way for way in THRIFTIEST if way in self.given.ways and way not in self.given.without]:
+        for way in self.chosen(THRIFTIEST):
             alone = self.rival(name, way) or {}
             # what it allocates, and where that is too little in pieces, what it reserves
             for peak in ("peak_allocated_bytes", "peak_reserved_bytes"):

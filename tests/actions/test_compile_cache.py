@@ -16,7 +16,7 @@ from torch import nn
 
 from diffusers_turbo import TurboError, turbo
 from diffusers_turbo.actions import compile_cache
-from diffusers_turbo.actions.compile_cache import KeptOnDisk, Shelf, key_of
+from diffusers_turbo.actions.compile_cache import KeptOnDisk, ShelfOnDisk, key_of
 from diffusers_turbo.compilation.call import WatchedCall
 from diffusers_turbo.compilation.counts import Counts
 from diffusers_turbo.planning.options import CompileUNet
@@ -235,12 +235,12 @@ def test_only_inductors_code_can_be_kept():
         CompileUNet(cache_dir="")
 
 
-def shelf(folder: Path) -> Shelf:
+def shelf(folder: Path) -> ShelfOnDisk:
     """Where code of a linear layer's calls lies, as in a new process."""
     module = nn.Linear(2, 2)
     disk = KeptOnDisk(module, CompileUNet(cache_dir=folder), [])
     with disk.around_call(None):
-        return Shelf(disk, module)
+        return ShelfOnDisk(disk, module)
 
 
 def test_code_of_calls_lies_in_a_file_for_each_signature_the_newest_variant_first(tmp_path):
