@@ -237,7 +237,12 @@ class Predictor:
         if offload is not None and widens:
             weights = weights.widened("vae")  # cast where they wait
         residency = residency_of(
-            offload, weights, allocator, vae_as_a_whole=whole, looped=_looped(prepared.skeleton.facts)
+            offload,
+            weights,
+            allocator,
+            vae_as_a_whole=whole,
+            looped=_looped(prepared.skeleton.facts),
+            step=recordings["denoise"].events,
         )
         assert self.workspaces is not None
         replay = Replay(allocator, self.workspaces, residency)

@@ -251,10 +251,18 @@ class ByGroup(Residency):
 
 class ByShare(Residency):
     """Partial offload: of the looped components some layers stay, the others pass through a window; the rest comes
-    to work and leaves. From the second picture on, when the order of the layers is known (here that of their names).
+    to work and leaves. From the second picture on, when the order of the layers is known: that of `step`, which are
+    the events of one; layers that have no part in it come last.
     """
 
-    def __init__(self, weights: Weights, allocator: Allocator, looped: Sequence[str], offload: PartialOffload) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        allocator: Allocator,
+        looped: Sequence[str],
+        offload: PartialOffload,
+        step: Sequence[Event] = (),
+    ) -> None:
         super().__init__(weights, allocator)
         self.looped, self.leaves = looped, offload.denoiser_leaves
         size = {owner: sum(map(aligned, sizes)) for owner, sizes in weights.sizes.items()}
@@ -262,6 +270,9 @@ class ByShare(Residency):
         self.alone = {owner for owner in single if size[owner] > SMALL_BYTES}
         owners = [owner for component in looped for owner in weights.owners(component)]
         layers, fixed = _layers(owners)
+        entered = dict.fromkeys(event.path for event in step if isinstance(event, Entered))
+        places = {path: place for place, path in enumerate(entered)}
+        layers.sort(key=lambda owner: places.get(owner, len(places)))
         resident_bytes = offload.stays(sum(size[owner] for owner in owners))
         groups = join_neighbours([size[owner] for owner in layers])
         sizes = [sum(size[layers[index]] for index in group) for group in groups]
@@ -330,10 +341,11 @@ def residency_of(
     *,
     vae_as_a_whole: bool = False,
     looped: Sequence[str] = (),
+    step: Sequence[Event] = (),
 ) -> Residency:
-    """Return how weights come and go under an offload, None being none; `looped` are called at every step."""
+    """Return how weights come and go under an offload, None being none; `looped` are called at every `step`."""
     if isinstance(offload, PartialOffload):
-        return ByShare(weights, allocator, looped, offload)
+        return ByShare(weights, allocator, looped, offload, step)
     if isinstance(offload, ModelOffload):
         return ByModel(weights, allocator)
     if isinstance(offload, SequentialOffload):

@@ -2,37 +2,42 @@
 
     python docs/benchmarks/large_pictures.py docs/benchmarks/large-pictures-<gpu>.json
 
-"auto" is `auto_optimize` with what the card has as its budget; the other rows are switches by hand.
-Needs a CUDA device, no download: full-size architectures with random weights, float16, text encoders included. Each row
-runs in a process of its own, since the cap must be there before the first allocation. Out of memory is a result.
+"auto" is `auto_optimize` with what the card has as its budget; the other rows are switches by hand. What the file holds
+already is not run again. Needs a CUDA device to itself, no download: full-size architectures with random weights,
+float16, text encoders included. Each row runs in a process of its own, since the cap must be there before the first
+allocation; it is forked from this one, which holds the weights in host memory. Out of memory is a result.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+from simulated_cards import apart, read_machine, required  # first: it hides the GPU from what is imported after it
+
+# isort: split
 import torch
 
 from diffusers_turbo import auto_optimize, turbo
-from diffusers_turbo.bench.environment import read_environment
 from tests import full_size
 
 CARD_BYTES = 8 * 10**9
 STEPS = 3
+LIMIT_S = 300
 
 Calls = tuple[tuple[str, dict[str, Any]], ...]
 SLICES: Calls = (("enable_vae_slicing", {}),)
 TILES: Calls = (("enable_vae_tiling", {"tile_size": 512}),)
 EXACT_TILES: Calls = (("enable_vae_exact_tiling", {}),)
 EXACT_TILES_ON_HOST: Calls = (("enable_vae_exact_tiling", {"hold_on": "host"}),)
-OFFLOAD: Calls = (("enable_model_cpu_offload", {}),)
+OFFLOAD: Calls = (("enable_model_cpu_offload", {"device": "cuda"}),)  # named: the process before had no GPU
 AUTO: Calls = (("auto_optimize", {}),)
 
 # architecture, height, width, pictures, switches; "stock" is diffusers' own tiling with the same tile
@@ -57,32 +62,35 @@ ROWS: dict[str, tuple[str, int, int, int, Calls, bool]] = {
 }
 
 
+@functools.lru_cache(maxsize=1)
+def load(architecture: str) -> Any:
+    """Make a pipeline in host memory."""
+    return full_size.build(architecture, device="cpu")
+
+
 def main(path: Path) -> None:
-    """Run each row in a process of its own and write the JSON."""
-    rows: dict[str, Any] = {}
-    data = {
-        "environment": read_environment("cuda", measure=False),
+    """Run each row that the file lacks in a process of its own and write the JSON."""
+    torch.set_num_threads(1)  # threads that compute do not survive a fork
+    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    data: dict[str, Any] = {
+        **required(read_machine),
         "card_bytes": CARD_BYTES,
         "steps": STEPS,
         "rows": rows,
     }
-    for name in ROWS:
-        child = subprocess.run([sys.executable, __file__, "--row", name], capture_output=True, text=True, check=False)
-        last = child.stdout.strip().splitlines()[-1:]
-        rows[name] = json.loads(last[0]) if last and child.returncode == 0 else {"failed": child.stderr[-2000:]}
-        print(name, rows[name], flush=True)
-        path.write_text(json.dumps(data, indent=2) + "\n")
+    for name, (architecture, *_) in ROWS.items():
+        if name not in rows:
+            pipe = load(architecture)
+            rows[name] = apart(functools.partial(run, name, pipe, CARD_BYTES - data["context_bytes"]), LIMIT_S)
+            print(name, rows[name], flush=True)
+            path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def run(name: str) -> dict[str, Any]:
-    """Measure one row under the cap."""
-    architecture, height, width, pictures, calls, stock_tiles = ROWS[name]
-    free, total = torch.cuda.mem_get_info()
-    # what is gone before anything was allocated is the context, which a small card has to hold too
-    allowed = CARD_BYTES - (total - free)
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
-    pipe = turbo(full_size.build(architecture, device="cpu"))
-    pipe.set_progress_bar_config(disable=True)
+def run(name: str, pipe: Any, allowed: int) -> dict[str, Any]:
+    """Measure one row under a cap in bytes: what a card has beside the context, which it has to hold, too."""
+    _, height, width, pictures, calls, stock_tiles = ROWS[name]
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info()[1])
+    turbo(pipe)
     if stock_tiles:
         pipe.vae.enable_tiling()
         pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 64, 512
@@ -110,7 +118,4 @@ def run(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--row":
-        print(json.dumps(run(sys.argv[2])))
-    else:
-        main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -21,11 +21,11 @@ JOBS = {"sd15-512": ("sd15", 512), "sd15-1024": ("sd15", 1024), "sdxl-1024": ("s
 def _plans() -> dict[str, dict[str, Any]]:
     """Return every plan that ran: those for a budget, and those under a hard cap."""
     found = {}
-    for name in ("simulated-cards-h100", "simulated-cards-h200"):
-        data = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    for run in ("h100", "peers-h200", "h200"):
+        data = json.loads((BENCHMARKS / f"simulated-cards-{run}.json").read_text())
         cells = {key: cell["ours"] for key, cell in data["cells"].items() if "ours" in cell}
         rows = {**cells, **data["caps"]}
-        found |= {f"{key} ({name[-4:]})": row for key, row in rows.items() if row.get("steps")}
+        found |= {f"{key} ({run})": row for key, row in rows.items() if row.get("steps")}
     return found
 
 
@@ -36,8 +36,8 @@ DREW = [name for name in PLANS if name not in RAN_OUT]
 CACHED = ("sd15-1024 3 (h100)",)
 """Ran out of what was only cached, with room enough (docs/decisions/out-of-memory.md)."""
 
-CAUTIOUS = ("sdxl-1024 6 (h100)",)
-"""Drew with less than it is said to need: where the gaps lie hangs on the order of requests."""
+CAUTION = 0.013
+"""By so much less than what is said to be needed some drew: where the gaps lie hangs on the order of requests."""
 
 
 @functools.cache
@@ -62,9 +62,8 @@ def test_a_plans_peak_is_what_it_took(name):
     made, row = _predicted(name), PLANS[name]
     assert not any(stage.estimated for stage in made.stages), made.notes
     too_high = 0.08 if name.startswith("sd15-1024") else 0.04
-    assert -0.02 <= made.peak_bytes / row["whole_peak_bytes"] - 1 <= too_high
-    if name not in CAUTIOUS:
-        assert made.needed_bytes <= row["cap_bytes"], "and yet it drew"
+    assert -0.005 <= made.peak_bytes / row["whole_peak_bytes"] - 1 <= too_high
+    assert made.needed_bytes <= row["cap_bytes"] * (1 + CAUTION), "and yet it drew"
 
 
 @pytest.mark.parametrize("name", [name for name in RAN_OUT if name not in CACHED])
