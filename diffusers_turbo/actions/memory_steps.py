@@ -12,13 +12,14 @@ from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline, upcasts_vae
 from ..planning.conflicts import conflicts_between
 from ..planning.ladder import EXACT_TILES, TILE_SIZES
-from ..planning.memory import holds_scores
+from ..planning.memory import LOOPED_ROLES, holds_scores
 from ..planning.options import (
     CUDAGraphs,
     GroupOffload,
     ModelOffload,
     NaiveAttention,
     Options,
+    PartialOffload,
     SDPAAttention,
     SequentialOffload,
     SlicedAttention,
@@ -30,9 +31,13 @@ from ..planning.options import (
 from ..tiling.hosts import decodes_in_exact_tiles
 from .components import modules_of
 from .ledger import Ledger
+from .streaming import weights_of
 
 HOLD_MEMORY = (CUDAGraphs, VAEUpcastCopy)
 """Switches for speed that hold memory of their own: pools of graphs, copies of weights."""
+
+LEAST_SHARE = 8
+"""What stays of a denoiser is halved down to this part of it, and is then nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,8 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
             yield _step(ledger, exact_tiles, alone=False)
     if component == "unet" and _holds_scores(pipe, ledger):
         yield _step(ledger, SlicedAttention(slice_size="max"))
-    for offload in _offloads(pipe, ledger):
-        # what moves the norms' weights one by one would leave nothing of exact tiles
-        if vae is None or _in_exact_tiles(ledger) is None or isinstance(offload, ModelOffload):
-            yield _step(ledger, offload)
+    for offload in _offloads(pipe, ledger, component):
+        yield _step(ledger, offload)
     if tiling and vae is not None and hasattr(vae, "enable_tiling"):
         lossy = getattr(vae, "use_tiling", False) and not _in_exact_tiles(ledger)
         now = getattr(vae, "tile_sample_min_size", 0) if lossy else side
@@ -119,8 +122,12 @@ def _holds_scores(pipe: Any, ledger: Ledger) -> bool:
     return isinstance(top.options, NaiveAttention) if top is not None else holds_scores(facts.processors)
 
 
-def _offloads(pipe: Any, ledger: Ledger) -> Iterator[Options]:
-    """Iterate over what keeps less on the device than the offload in force, the fastest first."""
+def _offloads(pipe: Any, ledger: Ledger, component: str) -> Iterator[Options]:
+    """Iterate over what keeps less on the device than the offload in force while a component works, the fastest first.
+
+    Where exact tiles are on, group and sequential offload are none of it: hooks that move the norms' weights one by one
+    leave nothing of the tiles, and the decode would run out of memory instead. Partial offload moves none of these.
+    """
     lever = ledger.top("offload")
     now = lever.options if lever is not None else None
     if now is None and not _room_in_host_memory(pipe):
@@ -130,6 +137,14 @@ def _offloads(pipe: Any, ledger: Ledger) -> Iterator[Options]:
         yield ModelOffload(device=device)
     if vae_is_cast(pipe):
         return  # hooks that hold the VAE's tensors would not notice that it is cast back after the decode
+    by_hooks = isinstance(now, (GroupOffload, SequentialOffload))
+    in_exact_tiles = _in_exact_tiles(ledger) is not None
+    if isinstance(now, PartialOffload):
+        yield from _leaner(pipe, now, component)
+    elif in_exact_tiles and not by_hooks:
+        yield from _leaner(pipe, PartialOffload(resident_bytes=None, denoiser_leaves=True, device=device), component)
+    if in_exact_tiles and (component == "vae" or not by_hooks):
+        return
     streaming = torch.device(device).type == "cuda"
     group = now if isinstance(now, GroupOffload) else GroupOffload(onload_device=device)
     group = replace(group, use_stream=streaming, non_blocking=streaming, num_blocks_per_group=None)
@@ -139,6 +154,28 @@ def _offloads(pipe: Any, ledger: Ledger) -> Iterator[Options]:
         yield replace(group, offload_type="leaf_level")
     if not isinstance(now, SequentialOffload) and streaming:
         yield SequentialOffload(device=device)
+
+
+def _leaner(pipe: Any, now: PartialOffload, component: str) -> Iterator[PartialOffload]:
+    """Iterate over partial offloads that keep less on the device than `now` while a component works.
+
+    Less of the denoiser each time, of the others their layers one by one.
+    """
+    roles = {part.name: part.role for part in read_pipeline(pipe).components}
+    if roles.get(component) not in LOOPED_ROLES:
+        if now.resident_bytes != 0 and not now.denoiser_leaves:
+            now = replace(now, denoiser_leaves=True)
+            yield now
+        if component not in now.alone:
+            yield replace(now, by_layers=(*now.alone, component))
+        return
+    looped = [module for name, module in modules_of(pipe).items() if roles.get(name) in LOOPED_ROLES]
+    whole = sum(weight.nbytes for module in looped for weight in weights_of(module))
+    while stays := now.stays(whole):
+        now = replace(now, resident_bytes=stays // 2 if stays > whole // LEAST_SHARE else 0)
+        yield now
+    if now.prefetch:
+        yield replace(now, prefetch=False)
 
 
 def vae_is_cast(pipe: Any) -> bool:

@@ -118,6 +118,7 @@ class PartialResidency:
 
     def arrive(self, component: str) -> None:
         """Bring a component that is about to be called, and send away what it does not work with."""
+        self._send_alone()  # of a forward that was interrupted
         if component not in self.looped:
             if self._working != component:
                 self._send_others()
@@ -141,8 +142,7 @@ class PartialResidency:
             self._staying.bring(self.layers.resident, faithful=self._in_call and self.options.denoiser_leaves)
             self._here = True
         if self.layers.groups is None:
-            if component in self.layers.learnt:  # a forward that was interrupted
-                self._send_alone()
+            if component in self.layers.learnt:  # in a step that was interrupted
                 self.layers.forget()
             self.layers.learnt.append(component)
             return
