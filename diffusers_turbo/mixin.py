@@ -327,6 +327,25 @@ class TurboMixin(RelievesTheHost, SparesWork, EasesTheVAE, Compiles, LooksAndUnd
         for option in (opt.ModelOffload, opt.SequentialOffload, opt.GroupOffload, opt.PartialOffload):
             self._disable(option.action)
 
+    def enable_denoiser_slicing(self, slice_size: int = 1) -> None:
+        """Exact: denoiser and ControlNets work on `slice_size` samples of the batch at a time.
+
+        A step then takes the memory of so many samples, whatever the batch; with guidance a picture is two. It costs a
+        call of the network for each slice, and under offload by layers another passage of the weights. A call with
+        arguments whose rows are not known to belong to samples (`cross_attention_kwargs` with tensors) is made whole.
+
+        Args:
+            slice_size: samples `[B, ..]` at a time.
+
+        Raises:
+            NotSupportedError: the denoiser is of a class of which it is not known that samples are independent.
+        """
+        self._enable(opt.DenoiserSlicing(slice_size=slice_size))
+
+    def disable_denoiser_slicing(self) -> None:
+        """Switch `enable_denoiser_slicing` off."""
+        self._disable("enable_denoiser_slicing")
+
     def enable_memory_fallback(self, allow_tiling: bool = False) -> None:
         """Exact: a component that runs out of device memory makes room, one step at a time, and is called again.
 

@@ -10,6 +10,7 @@ from ..planning.plan import Plan
 from . import (
     attention,
     compiling,
+    denoiser_slices,
     exporting,
     fused_kernels,
     graphs,
@@ -59,6 +60,7 @@ APPLY: dict[type[Options], Apply] = {
     opt.TraceUNet: tracing.apply,
     opt.LoadExportedUNet: exporting.apply,
     opt.CUDAGraphs: graphs.apply,
+    opt.DenoiserSlicing: denoiser_slices.apply,
     opt.PointwiseMatmul: pointwise.apply,
     opt.PromptProjections: prompt.apply,
     opt.SharedGuidance: guidance.apply,

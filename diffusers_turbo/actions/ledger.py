@@ -28,7 +28,7 @@ logger = logging.getLogger("diffusers_turbo")
 
 Apply = Callable[[Any, Any], Journal]
 
-_OVER_A_CALL = ("graphs", "time", "prompt", "guidance")
+_OVER_A_CALL = ("graphs", "denoiser_slicing", "time", "prompt", "guidance")
 
 WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "precision": ("offload", "trace"),
@@ -42,7 +42,8 @@ WRAPPED_BY: dict[str, tuple[str, ...]] = {
     "exported": _OVER_A_CALL,
     "compile_transformer": _OVER_A_CALL,
     "compile_vae": _OVER_A_CALL,
-    "graphs": ("time", "prompt", "guidance"),
+    "graphs": ("denoiser_slicing", "time", "prompt", "guidance"),
+    "denoiser_slicing": ("time", "prompt", "guidance"),
     "time": ("offload", "trace", "prompt", "guidance"),
     "prompt": ("offload", "trace", "guidance"),
     "guidance": ("offload", "trace"),

@@ -10,6 +10,7 @@ from .options import (
     CompileUNet,
     CompileVAE,
     CUDAGraphs,
+    DenoiserSlicing,
     FusedQKV,
     GroupOffload,
     LoadExportedUNet,
@@ -43,6 +44,7 @@ SLOT_ORDER: dict[str, str] = {
     "trace": "last: a trace freezes what it sees",
     "exported": "last: its code was made of the module as it then is",
     "graphs": "over all that is recorded: a graph holds what the other switches make the modules do",
+    "denoiser_slicing": "over graphs and compiled code: each slice is a call of theirs",
     "time": "over graphs: what it makes of the timesteps is their input",
     "prompt": "over graphs: what it makes of the prompt is their input",
     "guidance": "over graphs: it says in which mode they are called",
@@ -154,6 +156,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         first=(TimeProjections, PromptProjections, SharedGuidance),
         second=(TraceUNet, LoadExportedUNet),
         reason="a trace or an export has the UNet's forward frozen as it was",
+    ),
+    Conflict(
+        first=(SharedGuidance,),
+        second=(DenoiserSlicing,),
+        reason="slices part the two halves of guidance, so that nothing is left to be shared",
     ),
     Conflict(
         first=(VAEUpcastCopy,),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffusers_turbo.actions.denoiser_slices import SlicedCall
 from diffusers_turbo.actions.tiled_calls import ExactDecode
 from diffusers_turbo.fused.layers import FusedGroupNorm, stand_in
 from diffusers_turbo.schedulers.loop import LoopMethod
@@ -133,6 +134,12 @@ SWITCHES = [
         "disable_fused_kernels",
         lambda pipe: isinstance(stand_in(pipe.unet.mid_block.resnets[0].norm1), FusedGroupNorm),
         "kernels",
+    ),
+    Switch(
+        "enable_denoiser_slicing",
+        "disable_denoiser_slicing",
+        lambda pipe: isinstance(vars(pipe.unet).get("_compiled_call_impl"), SlicedCall),
+        "denoiser_slicing",
     ),
     Switch("enable_model_cpu_offload", "disable_offload", _offloaded_hooks, "offload", {"device": "cpu"}),
     Switch("enable_group_offload", "disable_offload", _offloaded_hooks, "offload", {"onload_device": "cpu"}),

@@ -120,7 +120,7 @@ def test_the_layer_in_which_it_ran_out_goes_home_before_the_next_attempt(monkeyp
     """Of an SDXL's VAE, whose hooks stay as they are while it is cast to float32."""
     Device(monkeypatch)
     pipe = turbo(tiny.sdxl())
-    pipe.vae = tiny.vae(block_out_channels=(64,) * 4, force_upcast=True)  # of layers that are large enough to come alone
+    pipe.vae = tiny.vae(block_out_channels=(64,) * 4, force_upcast=True)  # of layers that come alone
     pipe.to(torch.float16)
     pipe.enable_partial_offload(0, by_layers="vae", device="cpu")
     pipe.enable_memory_fallback()

@@ -16,6 +16,8 @@ from .attention import SDPA_BACKENDS, FusedQKV, NaiveAttention, SDPAAttention, S
 from .compiling import COMPILE_MODES, CompileTransformer, CompileUNet, CompileVAE, LoadExportedUNet, TraceUNet
 from .memory import (
     OFFLOAD_TYPES,
+    SLICED_DENOISERS,
+    DenoiserSlicing,
     GroupOffload,
     MemoryFallback,
     ModelOffload,
@@ -46,6 +48,7 @@ __all__ = [
     "HALF_DTYPES",
     "OFFLOAD_TYPES",
     "SDPA_BACKENDS",
+    "SLICED_DENOISERS",
     "SYNC_FREE_SCHEDULERS",
     "TF32",
     "CUDAGraphs",
@@ -53,6 +56,7 @@ __all__ = [
     "CompileTransformer",
     "CompileUNet",
     "CompileVAE",
+    "DenoiserSlicing",
     "FusedKernels",
     "FusedQKV",
     "GroupOffload",
@@ -109,6 +113,7 @@ ACTIONS: dict[str, type[Options]] = {
         TraceUNet,
         LoadExportedUNet,
         CUDAGraphs,
+        DenoiserSlicing,
         TimeProjections,
         PromptProjections,
         SharedGuidance,

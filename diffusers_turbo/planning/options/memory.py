@@ -14,6 +14,30 @@ ALL = "all"
 """What may be written for a denoiser that stays whole."""
 
 
+SLICED_DENOISERS = (
+    "UNet2DConditionModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+)
+"""Denoisers of which it is known that no sample of a batch depends on another, and which arguments have one each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSlicing(Options):
+    """Have the denoiser work on `slice_size` samples of a batch at a time; guidance has two of each picture."""
+
+    action = "enable_denoiser_slicing"
+    slot = "denoiser_slicing"
+
+    slice_size: int = 1
+
+    def __post_init__(self) -> None:
+        self._check_positive("slice_size")
+        if self.slice_size is None:
+            raise self._refuse("slice_size", "a number of samples from 1 on", "leave slice_size out for 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAESlicing(Options):
     """Decode the pictures of a batch one after the other."""
