@@ -193,7 +193,9 @@ class Running:
             return Taken(where, "freed what was cached")
         height, width, batch_size = self._size(guard, args, kwargs)
         tiling = self.record.allow_tiling
-        for step in steps(self.pipe, self.ledger, guard.component, batch_size, max(height, width), tiling=tiling):
+        samples = len(rows) if (rows := _rows_of(args, kwargs)) is not None else 1
+        side = max(height, width)
+        for step in steps(self.pipe, self.ledger, guard.component, batch_size, samples, side, tiling=tiling):
             text = str(step)
             if text in self.record.refused:
                 continue
@@ -257,8 +259,8 @@ class Running:
     def _size(self, guard: GuardedCall, args: Any, kwargs: Any) -> tuple[int, int, int]:
         """Return height and width in pixels and the pictures of a call, as its first tensor `[B, C, H, W]` says."""
         facts = read_pipeline(self.pipe)
-        tensor = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        batch_size = tensor.shape[0] if tensor is not None and tensor.ndim else 1
+        tensor = _rows_of(args, kwargs)
+        batch_size = 1 if tensor is None else len(tensor)
         if guard.component not in ("vae",) and tensor is not None and tensor.ndim == 4:
             batch_size //= 2 if getattr(self.pipe, "do_classifier_free_guidance", False) and batch_size > 1 else 1
         if tensor is None or tensor.ndim != 4:
@@ -302,6 +304,11 @@ class Running:
                 tiling=self.record.allow_tiling,
             ),
         )
+
+
+def _rows_of(args: Any, kwargs: Any) -> Tensor | None:
+    """Return the first tensor of a call that has rows."""
+    return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim), None)
 
 
 def apply(pipe: Any, options: MemoryFallback) -> Journal:

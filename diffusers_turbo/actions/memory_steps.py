@@ -11,10 +11,12 @@ import torch
 from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline, upcasts_vae
 from ..planning.conflicts import conflicts_between
-from ..planning.ladder import EXACT_TILES, TILE_SIZES
+from ..planning.ladder import EXACT_TILES, TILE_SIZES, slices_of
 from ..planning.memory import LOOPED_ROLES, holds_scores
 from ..planning.options import (
+    SLICED_DENOISERS,
     CUDAGraphs,
+    DenoiserSlicing,
     GroupOffload,
     ModelOffload,
     NaiveAttention,
@@ -54,7 +56,9 @@ class Step:
         return ", ".join(on + off)
 
 
-def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int, *, tiling: bool) -> Iterator[Step]:
+def steps(
+    pipe: Any, ledger: Ledger, component: str, batch_size: int, samples: int, side: int, *, tiling: bool
+) -> Iterator[Step]:
     """Iterate over the steps that are left for a component, as the pipeline stands.
 
     Args:
@@ -62,6 +66,7 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
         ledger: its switches.
         component: the attribute that holds what ran out of memory.
         batch_size: pictures in that call.
+        samples: rows of what it was given, of which guidance has two for a picture.
         side: the picture's longer side in pixels, 0 when unknown.
         tiling: whether the VAE may be tiled at last, which is lossy.
     """
@@ -76,6 +81,8 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
             yield _step(ledger, exact_tiles, alone=False)
     if component == "unet" and _holds_scores(pipe, ledger):
         yield _step(ledger, SlicedAttention(slice_size="max"))
+    for slices in _slices(pipe, ledger, component, samples):
+        yield _step(ledger, slices)
     for offload in _offloads(pipe, ledger, component):
         yield _step(ledger, offload)
     if tiling and vae is not None and hasattr(vae, "enable_tiling"):
@@ -84,6 +91,17 @@ def steps(pipe: Any, ledger: Ledger, component: str, batch_size: int, side: int,
         for size in TILE_SIZES:
             if size < min(now, side):
                 yield _step(ledger, VAETiling(tile_size=size), alone=False)
+
+
+def _slices(pipe: Any, ledger: Ledger, component: str, samples: int) -> Iterator[DenoiserSlicing]:
+    """Iterate over slices of the denoiser's batch that are smaller than those it works in."""
+    facts = read_pipeline(pipe)
+    part = facts.component(component)
+    if part is None or part.role not in LOOPED_ROLES or facts.shape.class_name not in SLICED_DENOISERS:
+        return
+    lever = ledger.top(DenoiserSlicing.slot)
+    now = lever.options.slice_size if lever is not None and isinstance(lever.options, DenoiserSlicing) else samples
+    yield from (slices for slices in slices_of(samples) if slices.slice_size < now)
 
 
 def _exact_tiles(vae: Any, ledger: Ledger) -> Iterator[VAEExactTiling]:

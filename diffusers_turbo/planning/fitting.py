@@ -11,12 +11,14 @@ from .ladder import (
     SLICE_ATTENTION,
     Estimated,
     all_offloads,
+    denoiser_slices,
     exact_tiles_of,
     offload_device,
     offload_trouble,
     tile_sizes,
 )
 from .options import (
+    DenoiserSlicing,
     MemoryFallback,
     Options,
     PartialOffload,
@@ -78,6 +80,7 @@ def _all_kinds(situation: Situation) -> list[Options]:
     sizes = tile_sizes(situation)
     return [
         SLICE_ATTENTION,
+        (*denoiser_slices(situation), DenoiserSlicing())[0],
         VAESlicing(),
         VAEExactTiling(),
         VAETiling(tile_size=sizes[0] if sizes else None),
@@ -94,6 +97,11 @@ def _trouble(option: Options, situation: Situation) -> str | None:
         if facts.shape.kind != "unet":
             return "It has no effect on a transformer's processors."
         return "It would replace IP-Adapter's processors." if facts.ip_adapter else None
+    if isinstance(option, DenoiserSlicing):
+        if denoiser_slices(situation):
+            return None
+        one = situation.request.batch_size * facts.guidance_copies == 1
+        return "The denoiser works on a single sample." if one else f"A {facts.shape.class_name} was not tried with it."
     if vae is None:
         return f"{facts.class_name} has no VAE."
     if isinstance(option, VAESlicing):
@@ -130,6 +138,10 @@ def _why_taken(
         numbers = f"would fit without it, but {graphs}; it {numbers}"
     if isinstance(option, VAETiling):
         return f"No exact plan fits: it {numbers}. LOSSY: {VAETiling.lossy_reason}."
+    if isinstance(option, DenoiserSlicing):
+        samples = situation.request.batch_size * situation.pipeline.guidance_copies
+        how = f"The denoiser works on {option.slice_size} of {samples} samples at a time"
+        return f"{how}: the pipeline {numbers}. That adds {_seconds(chosen.slicing_seconds)} on an H100."
     if isinstance(option, VAESlicing):
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."
     if isinstance(option, SlicedAttention):
@@ -171,7 +183,7 @@ def _cheapest_without(option: Options, tried: Sequence[Estimated], chosen: Estim
 def _why_left(option: Options, situation: Situation, tried: Sequence[Estimated], chosen: Estimated, usable: int) -> str:
     position = tried.index(chosen)
     with_it = [item for item in tried if item.rung.has(type(option))]
-    if not with_it:
+    if not with_it and not option.exact:
         return f"exact=True forbids it: {option.lossy_reason}."
     before = [item for item in tried[:position] if item in with_it]
     if before:

@@ -206,6 +206,9 @@ OFFLOAD_DENOISER_BYTES = 859_520_964 * 2
 OFFLOAD_BYTES = OFFLOAD_DENOISER_BYTES + 83_653_863 * 2
 """What was offloaded there: UNet and VAE in float16, without a text encoder."""
 
+INSTANT_BATCH_SECONDS: dict[int, float] = {1: 0.300, 2: 0.464, 4: 0.851}
+"""Pictures in a call -> seconds of 50 steps of SD1.5 at 512x512, instant tier. Source: docs/benchmarks/tiers-h100/."""
+
 EXACT_TILES_SECONDS: dict[str, dict[tuple[int, str], float]] = {
     "float32": {(256, "device"): 0.109, (256, "host"): 0.256, (128, "host"): 0.555},
     "float16": {(256, "device"): 0.099, (256, "host"): 0.160, (128, "host"): 0.464},

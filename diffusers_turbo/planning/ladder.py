@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from .conflicts import conflicts_between
 from .memory import ENCODER_ROLES, LOOPED_ROLES, held_pictures, works_in_float32
 from .options import (
+    SLICED_DENOISERS,
     CUDAGraphs,
+    DenoiserSlicing,
     GroupOffload,
     ModelOffload,
     Options,
@@ -37,6 +39,9 @@ EXACT_TILES = (
 """Tiles that give the untiled picture, each with less on the device than the one before: half as large ones take a
 quarter of the room, until a picture at the latents' resolution takes more, and more of each tile is not its own."""
 
+SLICES = (8, 2, 1)
+"""About so many of a batch's samples the denoiser works on at a time, the least intrusive first."""
+
 SLICE_ATTENTION = SlicedAttention(slice_size="max")
 
 
@@ -61,6 +66,15 @@ class Rung:
     def fineness(self) -> int:
         """How far it goes in exact tiles; 0 without."""
         return next((1 + place for place, tiles in enumerate(EXACT_TILES) if tiles in self.options), 0)
+
+    @property
+    def slice_size(self) -> int | None:
+        """How many samples the denoiser works on at a time; None: all there are."""
+        return next((option.slice_size for option in self.options if isinstance(option, DenoiserSlicing)), None)
+
+    def is_finer(self, other: Rung) -> bool:
+        """Whether the denoiser works on fewer samples at a time than with another rung."""
+        return self.slice_size is not None and (other.slice_size is None or self.slice_size < other.slice_size)
 
     @property
     def stints(self) -> bool:
@@ -106,8 +120,8 @@ class Rung:
 class Estimated:
     """A rung with what it is estimated to need, margin included, and what it adds to a call's time at most.
 
-    `added_seconds` holds `missed_seconds`, those of the instant tier where the rung does without it, and
-    `tiling_seconds`, those of exact tiles.
+    `added_seconds` holds `missed_seconds`, those of the instant tier where the rung does without it,
+    `tiling_seconds`, those of exact tiles, and `slicing_seconds`, those of more calls of the denoiser.
     """
 
     rung: Rung
@@ -115,11 +129,12 @@ class Estimated:
     added_seconds: float = 0.0
     missed_seconds: float = 0.0
     tiling_seconds: float = 0.0
+    slicing_seconds: float = 0.0
 
     @property
     def moving_seconds(self) -> float:
         """What moving weights adds."""
-        return self.added_seconds - self.missed_seconds - self.tiling_seconds
+        return self.added_seconds - self.missed_seconds - self.tiling_seconds - self.slicing_seconds
 
     @property
     def exact(self) -> bool:
@@ -158,20 +173,24 @@ def make_ladder(situation: Situation, *, attention_holds_scores: bool, has_tier:
     for extra in (slicing, scores):
         if extra:
             exact.append(exact[-1] + extra)
-    thrifty = exact[-1]
     ladder = [Rung(lean=False), *(Rung(options=options) for options in exact)]
     moving = (*_wholes(situation), *offloads) if offloads else ()
-    ladder += _with_and_without_graphs(thrifty, moving, has_tier=has_tier)
-    for exact_tiles in exact_tiles_of(situation):
-        # what moves the norms' weights one by one leaves it whole
-        beside = [option for option in moving if isinstance(option, (ModelOffload, PartialOffload))]
-        ladder += [Rung(options=(*thrifty, exact_tiles), lean=lean) for lean in (False, True)]
-        ladder += _with_and_without_graphs((*thrifty, exact_tiles), beside, has_tier=has_tier)
+    bases = [exact[-1], *((*exact[-1], slices) for slices in denoiser_slices(situation))]
+    for thrifty in bases:
+        if thrifty is not bases[0]:
+            ladder += [Rung(options=thrifty, lean=lean) for lean in (False, True)]
+        ladder += _with_and_without_graphs(thrifty, moving, has_tier=has_tier)
+        for exact_tiles in exact_tiles_of(situation):
+            # what moves the norms' weights one by one leaves it whole
+            beside = [option for option in moving if isinstance(option, (ModelOffload, PartialOffload))]
+            ladder += [Rung(options=(*thrifty, exact_tiles), lean=lean) for lean in (False, True)]
+            ladder += _with_and_without_graphs((*thrifty, exact_tiles), beside, has_tier=has_tier)
     if not situation.request.exact:
         for tile_size in tile_sizes(situation):
-            tiled = (*thrifty, VAETiling(tile_size=tile_size))
-            ladder.append(Rung(options=tiled))
-            ladder += _with_and_without_graphs(tiled, moving, has_tier=has_tier)
+            for thrifty in (bases[0], *bases[:0:-1][:1]):
+                tiled = (*thrifty, VAETiling(tile_size=tile_size))
+                ladder.append(Rung(options=tiled))
+                ladder += _with_and_without_graphs(tiled, moving, has_tier=has_tier)
     return ladder
 
 
@@ -192,6 +211,25 @@ def _slicing_options(situation: Situation) -> tuple[Options, ...]:
 
 def _can_slice_attention(situation: Situation) -> bool:
     return situation.pipeline.shape.kind == "unet" and not situation.pipeline.ip_adapter
+
+
+def denoiser_slices(situation: Situation) -> tuple[DenoiserSlicing, ...]:
+    """Return the slices that the denoiser's batch can be cut into evenly, the largest first."""
+    facts = situation.pipeline
+    if facts.shape.class_name not in SLICED_DENOISERS:
+        return ()
+    return slices_of(situation.request.batch_size * facts.guidance_copies)
+
+
+def slices_of(samples: int) -> tuple[DenoiserSlicing, ...]:
+    """Return the slices that so many samples can be cut into evenly, the largest first.
+
+    >>> [slices.slice_size for slices in slices_of(12)]
+    [6, 2, 1]
+    """
+    even = [size for size in range(1, samples) if samples % size == 0]
+    sizes = dict.fromkeys(max(size for size in even if size <= most) for most in SLICES if even)
+    return tuple(DenoiserSlicing(slice_size=size) for size in sizes)
 
 
 def tile_sizes(situation: Situation) -> tuple[int, ...]:

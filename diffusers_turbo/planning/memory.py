@@ -12,7 +12,7 @@ compiled code nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from .estimate import MemoryEstimate, StageMemory
 from .options import (
     ChannelsLast,
     CUDAGraphs,
+    DenoiserSlicing,
     GroupOffload,
     HalfPrecision,
     ModelOffload,
@@ -137,7 +138,7 @@ def _encode(facts: PipelineFacts, switches: Switches) -> StageMemory:
 def _denoise(facts: PipelineFacts, switches: Switches, height: int, width: int, batch_size: int) -> StageMemory:
     rows, columns = -(-height // facts.vae_scale_factor), -(-width // facts.vae_scale_factor)
     item_bytes = _item_bytes(facts.denoiser_facts, facts, switches)
-    samples = batch_size * facts.guidance_copies
+    samples = samples_at_once(facts, batch_size, switches.values())
     live = int(_live_values(facts, rows * columns) * samples * item_bytes)
     scores = max(
         (
@@ -154,6 +155,12 @@ def _denoise(facts: PipelineFacts, switches: Switches, height: int, width: int, 
         activation_bytes=max(live, held + int(_NAIVE_SHARE * live)) if held else live,
         workspace_bytes=FIXED_BYTES,
     )
+
+
+def samples_at_once(facts: PipelineFacts, batch_size: int, options: Iterable[Options]) -> int:
+    """Return how many samples the denoiser works on in one of its calls, for so many pictures."""
+    slices = [option.slice_size for option in options if isinstance(option, DenoiserSlicing)]
+    return min([batch_size * facts.guidance_copies, *slices])
 
 
 def _scores_held(facts: PipelineFacts, switches: Switches, scores_per_sample: int, samples: int) -> int:

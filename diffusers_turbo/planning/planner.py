@@ -36,7 +36,15 @@ from .speed import (
     sm_text,
 )
 from .tiers import Tier, judge_tier, settle_tier
-from .timing import STEPS, added_seconds, missed_seconds, moves_weights, tiling_seconds
+from .timing import (
+    STEPS,
+    added_seconds,
+    denoiser_calls,
+    missed_seconds,
+    moves_weights,
+    slicing_seconds,
+    tiling_seconds,
+)
 from .units import gib
 
 if TYPE_CHECKING:
@@ -134,6 +142,8 @@ def make_plan(
         alike = [item for item in fitting if rung.lean or not item.missed_seconds]
         if any(item.exact and item.rung.fineness < rung.fineness and not item.rung.crawls for item in alike):
             continue  # tiles are no use, or none so small
+        if any(item.exact and rung.is_finer(item.rung) and item.moving_seconds == 0 for item in alike):
+            continue  # slices can spare no moving of weights
         if rung.stints and any(item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in alike):
             continue  # nothing needs to be stinted of where one fits that does not
         if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
@@ -179,14 +189,18 @@ class _Draft:
 
     def summary(self, situation: Situation) -> Estimated:
         facts, steps = situation.pipeline, situation.request.steps
-        pixels = situation.height * situation.width * situation.request.batch_size
-        missed = missed_seconds(facts, steps) if self.tier.name is None and _has_tier(situation) else 0.0
+        batch_size, options = situation.request.batch_size, self.rung.options
+        pixels = situation.height * situation.width * batch_size
+        missed = 0.0
+        if self.tier.name is None and _has_tier(situation):
+            missed = missed_seconds(facts, steps) * denoiser_calls(facts, options, batch_size)
         return Estimated(
             rung=self.rung,
             needed_bytes=self.estimate.needed_bytes,
-            added_seconds=added_seconds(facts, self.rung.options, steps, pixels=pixels) + missed,
+            added_seconds=added_seconds(facts, options, steps, pixels=pixels, batch_size=batch_size) + missed,
             missed_seconds=missed,
-            tiling_seconds=tiling_seconds(facts, self.rung.options, pixels),
+            tiling_seconds=tiling_seconds(facts, options, pixels),
+            slicing_seconds=slicing_seconds(facts, options, steps, batch_size),
         )
 
 

@@ -17,6 +17,7 @@ class PipelineCall:
         widens_vae, keeps_wide: whether the VAE is cast to float32 to decode, beside its weights of before.
         offloaded: whether weights come and go; then of the networks only the denoiser is captured.
         graphs, leaves: whether calls are captured, and leave with a denoiser that does so between calls.
+        share_of_batch: how much of the batch the denoiser sees in a call.
         projected_bytes: what is computed of the prompt ahead.
     """
 
@@ -27,6 +28,7 @@ class PipelineCall:
     offloaded: bool
     graphs: bool
     leaves: bool
+    share_of_batch: float
     projected_bytes: int
     _copied: bool = False
 
@@ -66,8 +68,9 @@ class PipelineCall:
             held += self.replay.run(recording)
         if call == 0 or self.leaves:
             # what was projected is an input, of which a graph has its own copy
-            graphs = [self.replay.hold(self.projected_bytes, "graphs")] if self.projected_bytes else []
-            graphs += self.replay.capture(recording, required=True)
+            own = int(self.projected_bytes * self.share_of_batch)
+            graphs = [self.replay.hold(own, "graphs")] if own else []
+            graphs += self.replay.capture(recording, required=True, share=self.share_of_batch)
             if self.leaves:
                 self.replay.drop(graphs)
         elif self.projected_bytes:

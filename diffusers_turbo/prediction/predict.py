@@ -20,20 +20,30 @@ from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts, read_pipeline
 from ..planning import options as opt
 from ..planning.estimate import MemoryEstimate
-from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, estimate_memory, offload_in_force
+from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, estimate_memory, offload_in_force, samples_at_once
 from ..planning.options import Options
 from ..planning.request import Request, settle
 from .allocator import Allocator
 from .calling import PipelineCall
 from .inputs import Picture, prompt_tokens
 from .recording import Marks, Recording
-from .repeating import shorten
+from .repeating import shorten, shorten_slices
 from .replay import Peak, Replay
 from .residency import ByShare, Weights, marked_paths, read_weights, residency_of
 from .result import MemoryPrediction, StagePeak
 from .skeleton import Skeleton, skeleton_of
 from .stages import Stages, widens_vae
-from .switches import AS_PLAIN, IN_REPLAY, NO_DIFFERENCE, ON_VAE, UNMEASURED, in_force, throw, thrown_on_vae
+from .switches import (
+    AS_PLAIN,
+    IN_REPLAY,
+    NO_DIFFERENCE,
+    ON_DENOISER,
+    ON_VAE,
+    UNMEASURED,
+    in_force,
+    throw,
+    thrown_for_stage,
+)
 from .workspaces import Workspaces, workspaces_of
 
 MARGIN_ESTIMATED = 0.15
@@ -173,7 +183,7 @@ class Predictor:
 
     def _prepare(self, options: Sequence[Options]) -> _Prepared:
         assert self.device is not None
-        left_out = (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN, *ON_VAE)
+        left_out = (*IN_REPLAY, *NO_DIFFERENCE, *AS_PLAIN, *ON_VAE, *ON_DENOISER)
         thrown = tuple(option for option in options if not isinstance(option, left_out))
         if thrown not in self._prepared:
             # which no other switch is about
@@ -196,6 +206,8 @@ class Predictor:
             encoders.update((name, root) for name, root in fresh.items() if roles.get(name) in ENCODER_ROLES)
             if (vae := skeleton.modules.get("vae")) is not None:
                 shorten(vae, self._marks)
+            if (denoiser := skeleton.modules.get(skeleton.facts.denoiser)) is not None:
+                shorten_slices(denoiser, self._marks)
             if widened := widens_vae(skeleton.pipe) and "vae" in skeleton.modules:
                 # past diffusers' own `to`, which warns of modules that it would keep
                 nn.Module.to(skeleton.modules["vae"], torch.float32)
@@ -213,8 +225,8 @@ class Predictor:
             key = (stage, picture, tuple(x for x in options if _matters(x, stage)))
             if key not in self._recordings:
                 closed = estimate.stage("encode" if stage == "vae_encode" else stage)
-                of_vae = [option for option in key[2] if isinstance(option, ON_VAE)]
-                with thrown_on_vae(prepared.skeleton, of_vae, in_force(self.pipe, ())) as told:
+                of_stage = [option for option in key[2] if isinstance(option, (*ON_VAE, *ON_DENOISER))]
+                with thrown_for_stage(prepared.skeleton, of_stage, in_force(self.pipe, ())) as told:
                     self._recordings[key] = replace(stages.record(stage, closed), told=tuple(told))
             found[stage] = self._recordings[key]
         return found
@@ -246,6 +258,7 @@ class Predictor:
         )
         assert self.workspaces is not None
         replay = Replay(allocator, self.workspaces, residency)
+        facts, samples = prepared.skeleton.facts, picture.batch_size * prepared.skeleton.facts.guidance_copies
         call = PipelineCall(
             replay,
             recordings,
@@ -255,6 +268,7 @@ class Predictor:
             graphs=opt.CUDAGraphs in on,
             # what is streamed is recorded with the window that it passes through
             leaves=isinstance(residency, ByShare) and (residency.leaves or bool(residency.window_sizes)),
+            share_of_batch=samples_at_once(facts, picture.batch_size, options) / samples,
             projected_bytes=_projected_bytes(prepared, picture) if opt.PromptProjections in on else 0,
         )
         return call.peaks()
@@ -348,7 +362,7 @@ def _matters(option: Options, stage: str) -> bool:
         return False
     if stage == "encode":
         return isinstance(option, opt.HalfPrecision)
-    return stage != "denoise" or not isinstance(option, ON_VAE)
+    return not isinstance(option, ON_VAE if stage == "denoise" else ON_DENOISER)
 
 
 def _looped(facts: PipelineFacts) -> tuple[str, ...]:

@@ -12,7 +12,9 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
+from ..actions.calls import COMPILED
 from ..tiling.halves import tiled_layers
 from .recording import Again, Event, Marks, Recorder
 
@@ -57,20 +59,22 @@ class SameAgain:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, or repeat what it wrote down."""
-        recorder = self.marks.recorder
-        if recorder is None or any(value is not None for value in (*args, *kwargs.values())):
+        if self.marks.recorder is None or any(value is not None for value in (*args, *kwargs.values())):
             return self.run(x, *args, **kwargs)
-        if recorder is not self._of:
-            self._of, self._seen = recorder, {}
         forwards = tuple(vars(norm).get("forward") for norm in self.norms)
         names = tuple(getattr(forward, "__name__", "") for forward in forwards)
-        place = (x.shape, x.stride(), x.dtype, names)
+        return self._once(self.marks.recorder, (_layout(x), names), forwards, partial(self.run, x, *args, **kwargs))
+
+    def _once(self, recorder: Recorder, place: Any, forwards: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        """Make a call that is like all others of its place, or repeat what the first of them wrote down."""
+        if recorder is not self._of:
+            self._of, self._seen = recorder, {}
         seen = self._seen.get(place)
         if seen is not None and (seen.error is None or seen.ended_by(forwards)):
-            return self._again(recorder, x, seen)
+            return self._again(recorder, seen)
         start = len(recorder.events)
         try:
-            result = self.run(x, *args, **kwargs)
+            result = call()
         except Exception as error:
             weak = tuple(WeakMethod(forward) if ismethod(forward) else None for forward in forwards)
             self._seen[place] = _Seen(tuple(recorder.events[start:]), error=type(error), forwards=weak)
@@ -82,7 +86,7 @@ class SameAgain:
             self._seen[place] = _Seen(tuple(recorder.events[start:]), key, like)
         return result
 
-    def _again(self, recorder: Recorder, x: Tensor, seen: _Seen) -> Any:
+    def _again(self, recorder: Recorder, seen: _Seen) -> Any:
         if seen.error is not None:
             # what the frames held until it was caught
             for key in recorder.repeat(seen.events, keep=True):
@@ -90,9 +94,42 @@ class SameAgain:
             raise seen.error
         assert seen.key is not None
         assert seen.like is not None
-        result = Again(seen.key, partial(torch.empty_like, seen.like, device=x.device))
+        result = Again(seen.key, partial(torch.empty_like, seen.like))
         recorder.repeat(seen.events, keep=False, result=result)
         return result.made
+
+
+@dataclass(eq=False)
+class SameSlice(SameAgain):
+    """Stands in for a denoiser's call, of which a batch in slices makes many that are alike.
+
+    From the third on no call needs more memory than the one before it, but for the results that are waiting: only these
+    are made.
+    """
+
+    _repeated: Recorder | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser, or repeat what it wrote down; as it is called in a recording, it answers one tensor."""
+        if self.marks.recorder is None:
+            return self.run(*args, **kwargs)
+        place = tuple(_layout(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return (self._once(self.marks.recorder, place, (), lambda: self.run(*args, **kwargs)[0]),)
+
+    def _again(self, recorder: Recorder, seen: _Seen) -> Any:
+        if self._repeated is recorder and seen.like is not None:
+            return torch.empty_like(seen.like)
+        self._repeated = recorder
+        return super()._again(recorder, seen)
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype
+
+
+def shorten_slices(denoiser: nn.Module, marks: Marks) -> None:
+    """Have slices of one shape run once."""
+    vars(denoiser)[COMPILED] = SameSlice(denoiser._call_impl, marks)
 
 
 def shorten(vae: nn.Module, marks: Marks) -> None:

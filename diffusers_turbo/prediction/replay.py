@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 from .allocator import DEFAULT_POOL, Allocator, Block
 from .recording import Convolved, Entered, Gone, Left, Made, Multiplied, Recording
@@ -75,14 +76,15 @@ class Replay:
             self._look()
         return [blocks[key] for key in recording.kept if key in blocks]
 
-    def capture(self, recording: Recording, *, required: bool = False) -> list[Block]:
+    def capture(self, recording: Recording, *, required: bool = False, share: float = 1.0) -> list[Block]:
         """Record a stage's networks as CUDA graphs, as `enable_cuda_graphs()` does; return what stays of it.
 
         Inputs and outputs, which are the graph's own; while they are held the graph's pool is nobody else's. Where
-        there is no room to record, networks run without a graph, unless it is `required`.
+        there is no room to record, networks run without a graph, unless it is `required`. Of its inputs it is given a
+        `share` at a time.
         """
         self.allocator.empty_cache(DEFAULT_POOL)  # torch.cuda.graph does so before it records
-        inputs = [self.hold(size, "graphs") for given in recording.inputs for size in given]
+        inputs = [self.hold(ceil(size * share), "graphs") for given in recording.inputs for size in given]
         self._pools += 1
         self.allocator.recording = required
         outputs = self.run(recording, self._pools, CAPTURE_STREAM)

@@ -38,6 +38,9 @@ ON_SKELETON = (
 ON_VAE = (opt.VAESlicing, opt.VAETiling, opt.VAEExactTiling)
 """The same, but taken back after the VAE has run: no other component differs, and so no other skeleton is made."""
 
+ON_DENOISER = (opt.DenoiserSlicing,)
+"""The same, for the stage of the denoiser."""
+
 ATTENTION = (opt.NaiveAttention, opt.SDPAAttention, opt.XFormersAttention, opt.SlicedAttention)
 """Set on the skeleton's layers as the actions would on the device that is asked about."""
 
@@ -100,9 +103,13 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
 
 
 @contextmanager
-def thrown_on_vae(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Options]) -> Iterator[list[str]]:
-    """Have the switches of the VAE on inside the block, but for those that are `already`; give what could not be."""
-    thrown = [_throw_one(skeleton, option) for option in in_order(options) if option not in already]
+def thrown_for_stage(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Options]) -> Iterator[list[str]]:
+    """Have the switches of one stage on inside the block, but for those that are `already`; give what could not be.
+
+    Calls that stood over the networks' own were left behind.
+    """
+    missing = [option for option in options if option not in already or isinstance(option, ON_DENOISER)]
+    thrown = [_throw_one(skeleton, option) for option in in_order(missing)]
     try:
         yield [sentence for _, told in thrown for sentence in told]
     finally:

@@ -88,11 +88,11 @@ def test_each_step_keeps_less_until_none_is_left(monkeypatch):
     pipe.enable_memory_fallback()
     with pytest.raises(OutOfMemoryError, match="prefetch=False"):
         tiny.picture(pipe, steps=3)
-    # as it was, again with what was cached given back, then by halves
-    assert [offload.resident_bytes for offload in tried[2:]] == [*(whole(pipe) // part for part in (2, 4, 8)), 0, 0]
-    assert [offload.prefetch for offload in tried[2:]] == [True] * 4 + [False]
+    # as it was, again with what was cached given back, in slices of the batch, then by halves
+    assert [offload.resident_bytes for offload in tried[3:]] == [*(whole(pipe) // part for part in (2, 4, 8)), 0, 0]
+    assert [offload.prefetch for offload in tried[3:]] == [True] * 4 + [False]
     starved.room = lambda: True
-    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    assert distance(tiny.picture(pipe, steps=3), stock).psnr_db > 100
 
 
 @pytest.mark.parametrize("stage", ["text_encoder", "decode"])

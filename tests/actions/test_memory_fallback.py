@@ -40,9 +40,11 @@ def test_each_stage_gets_its_picture_by_offload(make, stage, at, given, monkeypa
     offload(pipe, given)
     offloaded = actions(pipe)
     pipe.enable_memory_fallback()
-    assert torch.equal(tiny.picture(pipe, steps=3), stock)
-    # freed, then each offload above the one there was
-    assert starved.failures == {"nothing": 4, "model": 3, "block": 2}[given]
+    ours = tiny.picture(pipe, steps=3)
+    # a slice of the batch is rounded otherwise than the whole of it
+    assert distance(ours, stock).psnr_db > 100 if stage == "denoiser" else torch.equal(ours, stock)
+    # freed, the denoiser's batch in slices, then each offload above the one there was
+    assert starved.failures == {"nothing": 4, "model": 3, "block": 2}[given] + (stage == "denoiser")
     assert True not in starved.pinned
     told = str(pipe.turbo_report())
     assert told.count("out of memory in ") == starved.failures
@@ -50,7 +52,7 @@ def test_each_stage_gets_its_picture_by_offload(make, stage, at, given, monkeypa
     assert pipe.turbo_report().exact
     # remembered
     starved.calls, failures = 0, starved.failures
-    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    assert distance(tiny.picture(pipe, steps=3), stock).psnr_db > 100
     assert starved.failures == failures
     pipe.disable_memory_fallback()
     assert actions(pipe) == offloaded
@@ -209,9 +211,9 @@ def test_when_nothing_is_left_one_error_says_so(make, stage, at, given, monkeypa
     assert "after these steps: freed what was cached; " in text
     assert "Tried to allocate 2.00 GiB" in text
     assert "What to do: " in text
-    assert starved.failures == {"nothing": 5, "model": 4, "block": 3}[given]
+    assert starved.failures == {"nothing": 5, "model": 4, "block": 3}[given] + (stage == "denoiser")
     # nothing stays half-offloaded or cast, and the next picture is right
-    assert torch.equal(tiny.picture(pipe, steps=3), stock)
+    assert distance(tiny.picture(pipe, steps=3), stock).psnr_db > 100
     pipe.turbo_undo()
     assert differences(before, state_of(pipe)) == []
 
@@ -256,7 +258,7 @@ def test_offload_takes_over_from_offload_in_host_memory(monkeypatch):
 
     monkeypatch.setattr(TensorPlace, "restore", noted)
     tiny.picture(pipe, steps=1)
-    assert starved.failures == 3
+    assert starved.failures == 4
     assert targets
     assert there not in targets
     targets.clear()

@@ -208,9 +208,9 @@ def test_steps_go_along_with_a_copy(monkeypatch):
         tiny.picture(pipe)
     twin = copy.deepcopy(pipe)
     assert actions(twin) == actions(pipe)
-    assert torch.equal(tiny.picture(twin), stock)
+    assert distance(tiny.picture(twin), stock).psnr_db > 100
     pipe.disable_memory_fallback()
-    assert "enable_model_cpu_offload" in actions(twin)
+    assert {"enable_denoiser_slicing", "enable_model_cpu_offload"} <= set(actions(twin))
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])

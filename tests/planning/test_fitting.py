@@ -179,7 +179,7 @@ def test_vae_slicing_is_for_batches_that_need_it():
 
 
 def test_the_memory_fallback_goes_along_where_little_room_is_left():
-    roomy, tight, short = (plan_on("RTX 3060", vram_budget=budget) for budget in (None, "3GB", "200MB"))
+    roomy, tight, short = (plan_on("RTX 3060", vram_budget=budget) for budget in (None, "3GB", "100MB"))
     assert "enable_memory_fallback" not in actions_of(roomy)
     assert "Room enough: " in reason_of(roomy, "enable_memory_fallback")
     for made in (tight, short):
