@@ -72,10 +72,6 @@ class Rung:
         """How many samples the denoiser works on at a time; None: all there are."""
         return next((option.slice_size for option in self.options if isinstance(option, DenoiserSlicing)), None)
 
-    def is_finer(self, other: Rung) -> bool:
-        """Whether the denoiser works on fewer samples at a time than with another rung."""
-        return self.slice_size is not None and (other.slice_size is None or self.slice_size < other.slice_size)
-
     @property
     def stints(self) -> bool:
         """Whether partial offload does without what takes room: components that come whole, or prefetching."""

@@ -142,8 +142,8 @@ def make_plan(
         alike = [item for item in fitting if rung.lean or not item.missed_seconds]
         if any(item.exact and item.rung.fineness < rung.fineness and not item.rung.crawls for item in alike):
             continue  # tiles are no use, or none so small
-        if any(item.exact and rung.is_finer(item.rung) and item.moving_seconds == 0 for item in alike):
-            continue  # slices can spare no moving of weights
+        if rung.slice_size and any(item.exact and item.added_seconds <= _at_least(situation, rung) for item in fitting):
+            continue  # slices of this size cost more, whatever they make room for
         if rung.stints and any(item.rung.has(PartialOffload) and item.rung.borders == rung.borders for item in alike):
             continue  # nothing needs to be stinted of where one fits that does not
         if rung.streams and rung.lean and any(item.rung.streams and not item.rung.lean for item in fitting):
@@ -202,6 +202,14 @@ class _Draft:
             tiling_seconds=tiling_seconds(facts, options, pixels),
             slicing_seconds=slicing_seconds(facts, options, steps, batch_size),
         )
+
+
+def _at_least(situation: Situation, rung: Rung) -> float:
+    """Return the seconds that a rung adds if nothing is moved and graphs are there."""
+    batch_size, steps = situation.request.batch_size, situation.request.steps
+    pixels = situation.height * situation.width * batch_size
+    tiles = tiling_seconds(situation.pipeline, rung.options, pixels)
+    return tiles + slicing_seconds(situation.pipeline, rung.options, steps, batch_size)
 
 
 def _alternatives(

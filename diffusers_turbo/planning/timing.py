@@ -57,7 +57,7 @@ def slicing_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int
 
     Each has what a call takes whatever its batch: of SD1.5 a share that was measured, which is less of larger models.
     """
-    more = denoiser_calls(facts, options, batch_size) - 1
+    more = float(denoiser_calls(facts, options, batch_size) - 1)
     gain = gains.tier_gain(facts.family, facts.denoiser_facts.dtype)
     if gain is None:
         gain = gains.TIER_GAINS["sd15"]

@@ -226,7 +226,7 @@ class Predictor:
             if key not in self._recordings:
                 closed = estimate.stage("encode" if stage == "vae_encode" else stage)
                 of_stage = [option for option in key[2] if isinstance(option, (*ON_VAE, *ON_DENOISER))]
-                with thrown_for_stage(prepared.skeleton, of_stage, in_force(self.pipe, ())) as told:
+                with thrown_for_stage(prepared.skeleton, of_stage, in_force(self.pipe, ()), self._marks) as told:
                     self._recordings[key] = replace(stages.record(stage, closed), told=tuple(told))
             found[stage] = self._recordings[key]
         return found

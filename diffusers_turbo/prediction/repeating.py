@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ..actions.calls import COMPILED
+from ..actions.tiled_calls import ExactHalf
 from ..tiling.halves import tiled_layers
 from .recording import Again, Event, Marks, Recorder
 
@@ -100,21 +101,26 @@ class SameAgain:
 
 
 @dataclass(eq=False)
-class SameSlice(SameAgain):
-    """Stands in for a denoiser's call, of which a batch in slices makes many that are alike.
+class SameInRow(SameAgain):
+    """Stands in for a call that is made of a batch's parts one after the other, whose results wait in one place.
 
-    From the third on no call needs more memory than the one before it, but for the results that are waiting: only these
-    are made.
+    From the third on no call needs more memory than the one before it, but for what waits: only its result is made.
     """
 
+    in_tuple: bool = False
     _repeated: Recorder | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the denoiser, or repeat what it wrote down; as it is called in a recording, it answers one tensor."""
+        """Make the call, or repeat what it wrote down; in a recording it answers one tensor, perhaps in a tuple."""
         if self.marks.recorder is None:
             return self.run(*args, **kwargs)
         place = tuple(_layout(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        return (self._once(self.marks.recorder, place, (), lambda: self.run(*args, **kwargs)[0]),)
+        result = self._once(self.marks.recorder, place, (), lambda: self._tensor(self.run(*args, **kwargs)))
+        return (result,) if self.in_tuple else result
+
+    def _tensor(self, result: Any) -> Tensor:
+        tensor: Tensor = result[0] if self.in_tuple else result
+        return tensor
 
     def _again(self, recorder: Recorder, seen: _Seen) -> Any:
         if self._repeated is recorder and seen.like is not None:
@@ -129,7 +135,15 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 def shorten_slices(denoiser: nn.Module, marks: Marks) -> None:
     """Have slices of one shape run once."""
-    vars(denoiser)[COMPILED] = SameSlice(denoiser._call_impl, marks)
+    vars(denoiser)[COMPILED] = SameInRow(denoiser._call_impl, marks, in_tuple=True)
+
+
+def shorten_pictures(vae: Any, marks: Marks) -> None:
+    """Have pictures of one shape run once, where exact tiles take them one after the other."""
+    for name, method in (("tiled_decode", "_decode"), ("_tiled_encode", "_encode")):
+        half = vars(vae).get(name)
+        if isinstance(half, ExactHalf):
+            setattr(half, method, SameInRow(getattr(half, method), marks))
 
 
 def shorten(vae: nn.Module, marks: Marks) -> None:

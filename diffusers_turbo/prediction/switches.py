@@ -24,6 +24,8 @@ from ..planning import options as opt
 from ..planning.conflicts import in_order
 from ..planning.options import Options
 from .attention import set_processors
+from .recording import Marks
+from .repeating import shorten_pictures
 from .skeleton import Skeleton
 
 ON_SKELETON = (
@@ -103,13 +105,17 @@ def throw(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Opti
 
 
 @contextmanager
-def thrown_for_stage(skeleton: Skeleton, options: Sequence[Options], already: Sequence[Options]) -> Iterator[list[str]]:
+def thrown_for_stage(
+    skeleton: Skeleton, options: Sequence[Options], already: Sequence[Options], marks: Marks
+) -> Iterator[list[str]]:
     """Have the switches of one stage on inside the block, but for those that are `already`; give what could not be.
 
     Calls that stood over the networks' own were left behind.
     """
     missing = [option for option in options if option not in already or isinstance(option, ON_DENOISER)]
     thrown = [_throw_one(skeleton, option) for option in in_order(missing)]
+    if (vae := skeleton.modules.get("vae")) is not None:
+        shorten_pictures(vae, marks)
     try:
         yield [sentence for _, told in thrown for sentence in told]
     finally:

@@ -14,6 +14,7 @@ from diffusers_turbo.planning import gains
 from diffusers_turbo.planning.fitting import judge_memory
 from diffusers_turbo.planning.ladder import Estimated, Rung, cheapest
 from diffusers_turbo.planning.options import (
+    DenoiserSlicing,
     GroupOffload,
     ModelOffload,
     PartialOffload,
@@ -22,7 +23,15 @@ from diffusers_turbo.planning.options import (
     VAETiling,
 )
 from diffusers_turbo.planning.request import Request, settle
-from diffusers_turbo.planning.timing import OFFLOAD_RATES, added_seconds, missed_seconds, tiling_seconds
+from diffusers_turbo.planning.timing import (
+    OFFLOAD_RATES,
+    SHARE_OF_ANY_CALL,
+    added_seconds,
+    denoiser_calls,
+    missed_seconds,
+    slicing_seconds,
+    tiling_seconds,
+)
 from tests.planning.architectures import facts_of
 
 OFFLOADS = (ModelOffload(), GroupOffload(offload_type="leaf_level", use_stream=True), SequentialOffload())
@@ -93,6 +102,31 @@ def test_exact_tiles_add_what_was_measured():
     moving, tiles = added_seconds(facts, [ModelOffload()]), VAEExactTiling()
     added = tiling_seconds(facts, [tiles], facts.default_height * facts.default_width)
     assert added_seconds(facts, [ModelOffload(), tiles]) == pytest.approx(moving + added)
+
+
+def test_a_slice_costs_a_call_and_another_passage_of_what_is_streamed():
+    facts, slices = facts_of("sd15"), DenoiserSlicing(slice_size=2)
+    assert denoiser_calls(facts, [], 8) == denoiser_calls(facts, [slices], 1) == 1
+    assert denoiser_calls(facts, [slices], 8) == 8
+    streamed = PartialOffload(resident_bytes=0)
+    once, often = (added_seconds(facts, [streamed, *more], 50, batch_size=8) for more in ((), (slices,)))
+    calls = slicing_seconds(facts, [slices], 50, 8)
+    assert calls == pytest.approx(7 * 50 * SHARE_OF_ANY_CALL * 0.302 / 50)
+    assert often - calls == pytest.approx(8 * once, rel=0.1)
+    # a model of another size that no tier was measured for: by its weights
+    pixart = facts_of("pixart")
+    of_weights = pixart.denoiser_facts.parameter_bytes / gains.OFFLOAD_DENOISER_BYTES
+    assert slicing_seconds(pixart, [slices], 50, 8) == pytest.approx(calls * of_weights)
+
+
+def test_what_any_call_costs_is_from_measured_batches():
+    tiers = BENCHMARKS / "tiers-h100"
+    for batch, name in ((1, "sd15"), (2, "sd15-batch2"), (4, "sd15-batch4")):
+        rows = json.loads((tiers / name / "results.json").read_text())["rows"]
+        (row,) = (row for row in rows if row["case"] == "tier-instant")
+        assert row["batch"] == batch
+        assert gains.INSTANT_BATCH_SECONDS[batch] == pytest.approx(statistics.median(row["seconds"]), abs=2e-3)
+    assert 0.3 < SHARE_OF_ANY_CALL < 0.4
 
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"

@@ -102,6 +102,53 @@ def test_components_come_by_layers_where_that_leaves_room_for_graphs(sd15, room)
     assert all(fastest < way.added_seconds / 1.5 for way in whole)
 
 
+def test_a_step_in_slices_takes_what_so_many_samples_do(sd15):
+    """Weights, what is held of all pictures, and the activations of one slice."""
+
+    def held(batch, *options):
+        return _peaks(sd15, *options, batch_size=batch).stage("denoise").activation_bytes
+
+    single = held(1)
+    assert held(8) > 7 * single
+    assert single < held(8, opt.DenoiserSlicing(slice_size=2)) < 1.25 * single
+    assert held(1, opt.DenoiserSlicing()) < 0.6 * single
+    graphs, sliced = (
+        _peaks(sd15, opt.CUDAGraphs(), *more, batch_size=8).stage("denoise").graph_bytes
+        for more in ((), (opt.DenoiserSlicing(slice_size=2),))
+    )
+    assert sliced < graphs / 6
+    decodes = [_peaks(sd15, *more).stage("decode") for more in ((), (opt.DenoiserSlicing(),))]
+    assert decodes[0].activation_bytes == decodes[1].activation_bytes
+    # taken back again, and there without being asked for where the pipeline has it on
+    assert held(8) > 7 * single
+    pipe = turbo(tiny.sd())
+    before = predict_memory(pipe, height=64, width=64, batch_size=4)
+    pipe.enable_denoiser_slicing()
+    after = predict_memory(pipe, height=64, width=64, batch_size=4)
+    assert after.stage("denoise").activation_bytes < before.stage("denoise").activation_bytes / 4
+
+
+@pytest.mark.parametrize(("side", "batch", "room"), [(1024, 1, 0.486), (512, 32, 1.0)])
+def test_slices_make_room_where_nothing_else_does(sd15, side, batch, room):
+    """A picture of 1024 pixels on a card of 1 GB, and 32 of 512 on one of 1.5, less a CUDA context; with graphs."""
+    made = plan(
+        sd15.pipe,
+        H100,
+        height=side,
+        width=side,
+        batch_size=batch,
+        vram_budget=int(room * 2**30),
+        estimates=sd15.estimate,
+    )
+    assert (made.fits, made.exact) == (True, True)
+    steps = {step.action: step for step in made.steps}
+    assert {"enable_denoiser_slicing", "enable_cuda_graphs"} <= set(steps)
+    assert f"of {2 * batch} samples at a time: the pipeline needs" in steps["enable_denoiser_slicing"].reason
+    fitting = [way for way in made.alternatives if way.fits]
+    assert fitting
+    assert all("enable_denoiser_slicing" in way.name for way in fitting)
+
+
 def test_naive_attention_holds_the_scores_and_slices_bound_them(thin):
     def held(option):
         return _peaks(thin, option).stage("denoise").activation_bytes

@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusers_turbo import turbo
+from diffusers_turbo.actions.denoiser_slices import WorksInSlices
 from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.prediction.attention import KernelMemory
 from diffusers_turbo.prediction.recording import Convolved, Gone, Made, Marks, Multiplied, Recorder
-from diffusers_turbo.prediction.repeating import SameAgain, shorten
+from diffusers_turbo.prediction.repeating import SameAgain, shorten, shorten_pictures, shorten_slices
 from diffusers_turbo.prediction.skeleton import on_meta, skeleton_of
 from tests import tiny
 
@@ -74,6 +75,32 @@ def test_live_storages_of_a_unet_are_those_of_a_real_run(switches):
     assert _on_meta(run, pipe.unet) == _on_cpu(run, pipe.unet)
 
 
+@pytest.mark.parametrize("shortened", [False, True], ids=["every slice", "slices like earlier ones repeated"])
+@pytest.mark.parametrize("slice_size", [1, 2, 4])
+def test_live_storages_of_a_batch_in_slices_are_those_of_a_real_run(slice_size, shortened):
+    """Of six samples; four leave a smaller slice."""
+
+    def run(unet, device):
+        empty = torch.zeros if device == "cpu" else torch.empty
+        sample, prompt = empty(6, 4, 16, 16, device=device), empty(6, 16, tiny.CONTEXT, device=device)
+        return unet(sample, empty((), device=device), prompt, return_dict=False)
+
+    pipe = turbo(tiny.sd())
+    pipe.enable_naive_attention()
+    whole = _on_cpu(run, pipe.unet)
+    twin, marks = on_meta(pipe.unet), Marks()
+    if shortened:
+        shorten_slices(twin, marks)
+    WorksInSlices(twin, slice_size=slice_size).install()
+    with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
+        run(twin, "meta")
+    pipe.enable_denoiser_slicing(slice_size)
+    real = _on_cpu(run, pipe.unet)
+    # of a repeated slice only what waits for the others
+    assert peak(recorder.events) == pytest.approx(real, rel=0.02 if shortened else 0)
+    assert real < whole * (0.1 + slice_size / 6)
+
+
 @pytest.mark.parametrize("slicing", [False, True])
 def test_live_storages_of_a_decode_are_those_of_a_real_run(slicing):
     pipe = turbo(tiny.sd())
@@ -102,6 +129,28 @@ def test_live_storages_of_a_decode_in_tiles_are_those_of_a_real_run(shortened, s
     with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
         _decode(twin, "meta")
     assert peak(recorder.events) == pytest.approx(_on_cpu(_decode, pipe.vae), rel=0.004 if shortened else 0.002)
+
+
+def test_live_storages_of_a_batch_in_exact_tiles_are_those_of_a_real_run():
+    """Picture after picture: the first runs, the second is repeated, of the others only what waits is made."""
+
+    def run(vae, device):
+        return vae.decode(torch.zeros(5, 4, 16, 16, device=device), return_dict=False)
+
+    pipe = turbo(tiny.sd())
+    pipe.enable_naive_attention()
+    pipe.enable_vae_exact_tiling(tile_size=64)
+    real, peaks, operators = _on_cpu(run, pipe.vae), [], []
+    for shortened in (False, True):
+        twin, marks = on_meta(pipe.vae), Marks()
+        if shortened:
+            shorten_pictures(twin, marks)
+        with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
+            run(twin, "meta")
+        peaks.append(peak(recorder.events))
+        operators.append(recorder.operators)
+    assert peaks[1] == pytest.approx(real, rel=0.02)
+    assert operators[1] < operators[0] / 4
 
 
 def test_pictures_in_host_memory_are_not_on_the_device():
