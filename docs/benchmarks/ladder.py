@@ -31,19 +31,22 @@ from diffusers_turbo.planning.options import (
     VAEExactTiling,
     VAETiling,
 )
-from diffusers_turbo.planning.timing import STEPS, added_seconds, missed_seconds
+from diffusers_turbo.planning.timing import STEPS, added_seconds, denoiser_calls, missed_seconds
 from diffusers_turbo.planning.units import GIB
 from diffusers_turbo.prediction.predict import Predictor
 
 JOBS = {"SD1.5, 512x512": ("sd15", 512), "SDXL, 1024x1024": ("sdxl", 1024)}
 BUDGETS_GIB = (
-    *(0.25 + 0.0625 * sixteenth for sixteenth in range(4)),
+    *(0.1875 + 0.0625 * sixteenth for sixteenth in range(5)),
     *(0.5 + 0.25 * quarter for quarter in range(14)),
     *(4.25 + 0.5 * half for half in range(15)),
 )
 
 LEAVES = GroupOffload(offload_type="leaf_level", use_stream=True)
 TILES = VAETiling(tile_size=256)
+MEMORY = ("offload", "vae_", "slicing")
+"""What the names of switches for memory hold."""
+
 WAYS: dict[str, tuple[Options, ...]] = {
     "everything on the GPU": (),
     "exact tiles": (VAEExactTiling(),),
@@ -72,7 +75,9 @@ def climb(name: str, side: int) -> dict[str, Any]:
     for budget in BUDGETS_GIB:
         made = plan(pipe, device, height=side, width=side, vram_budget=int(budget * GIB), estimates=predictor.estimate)
         taken = [step.typed_options() for step in made.steps]
-        memory = [step.action for step in made.steps if "offload" in step.action or "vae_" in step.action]
+        memory = [
+            step.action for step in made.steps if any(name in step.action for name in ("offload", "vae_", "slicing"))
+        ]
         plans.append(
             {
                 "budget_gib": round(budget, 3),
@@ -80,7 +85,7 @@ def climb(name: str, side: int) -> dict[str, Any]:
                 "exact": made.exact,
                 "needed_gib": made.after.needed_bytes / GIB if made.after else None,
                 "added_s": added_seconds(facts, taken)
-                + (0 if CUDAGraphs in map(type, taken) else missed_seconds(facts)),
+                + (0 if CUDAGraphs in map(type, taken) else missed_seconds(facts) * denoiser_calls(facts, taken, 1)),
                 "switches": memory,
             }
         )
@@ -107,6 +112,8 @@ def draw(data: dict[str, Any]) -> Any:
             )
         fits = [row for row in found["plans"] if row["fits"]]
         for exact, style in ((True, "-"), (False, ":")):
+            if all(row["exact"] != exact for row in fits):
+                continue
             axes.plot(
                 [row["budget_gib"] for row in fits],
                 [row["added_s"] if row["exact"] == exact else float("nan") for row in fits],

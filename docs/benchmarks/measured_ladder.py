@@ -1,6 +1,6 @@
 """The measured ladder of memory: seconds a picture by the memory of the card, for our plan and for each way by hand.
 
-    cd docs/benchmarks && python measured_ladder.py simulated-cards-h100.json measured-ladder.png
+    cd docs/benchmarks && python measured_ladder.py simulated-cards-h200.json measured-ladder.png
 
 Drawn from what `simulated_cards.py` wrote. Our plan and other packages ran at each budget. What diffusers can switch on
 takes one size of memory, whatever there is: a line at its uncapped time, from the card on that just holds its peak.
