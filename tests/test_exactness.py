@@ -36,6 +36,7 @@ EXACT_SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt_projections": ("enable_prompt_projections", {}),
     "time_projections": ("enable_time_projections", {}),
     "shared_guidance": ("enable_shared_guidance", {}),
+    "denoiser_slicing": ("enable_denoiser_slicing", {}),
     "pointwise_matmul": ("enable_pointwise_matmul", {}),
     "compiled": ("compile_unet", {} if CUDA else {"backend": "aot_eager"}),
     "traced": ("trace_unet", {}),

@@ -1,4 +1,4 @@
-"""Large pictures and large batches on a card of 8 GB, simulated on a larger one by a cap on the allocator.
+"""Large pictures and large batches on a card of 8 GB and less, simulated on a larger one by a cap on the allocator.
 
     python docs/benchmarks/large_pictures.py docs/benchmarks/large-pictures-<gpu>.json
 
@@ -15,6 +15,7 @@ import functools
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from diffusers_turbo import auto_optimize, turbo
 from tests import full_size
 
-CARD_BYTES = 8 * 10**9
+GB = 10**9
 STEPS = 3
 LIMIT_S = 300
 
@@ -40,25 +41,39 @@ EXACT_TILES_ON_HOST: Calls = (("enable_vae_exact_tiling", {"hold_on": "host"}),)
 OFFLOAD: Calls = (("enable_model_cpu_offload", {"device": "cuda"}),)  # named: the process before had no GPU
 AUTO: Calls = (("auto_optimize", {}),)
 
-# architecture, height, width, pictures, switches; "stock" is diffusers' own tiling with the same tile
-ROWS: dict[str, tuple[str, int, int, int, Calls, bool]] = {
-    "sd15 4K, auto": ("sd15", 2224, 3840, 1, AUTO, False),
-    "sd15 32 of 512, auto": ("sd15", 512, 512, 32, AUTO, False),
-    "sd15 4K, exact tiles": ("sd15", 2224, 3840, 1, EXACT_TILES + OFFLOAD, False),
-    "sd15 4K, exact tiles, pictures on the host": ("sd15", 2224, 3840, 1, EXACT_TILES_ON_HOST + OFFLOAD, False),
-    "sd15 4K, our tiles": ("sd15", 2224, 3840, 1, TILES + OFFLOAD, False),
-    "sd15 4K, diffusers' tiles": ("sd15", 2224, 3840, 1, OFFLOAD, True),
-    "sd15 4K, untiled": ("sd15", 2224, 3840, 1, OFFLOAD, False),
-    "sd15 32 of 512, slices": ("sd15", 512, 512, 32, SLICES + OFFLOAD, False),
-    "sd15 32 of 512, tiles of 256": (
-        "sd15",
-        512,
-        512,
-        32,
-        (("enable_vae_tiling", {"tile_size": 256}), *OFFLOAD),
-        False,
-    ),
-    "sd15 32 of 512, neither": ("sd15", 512, 512, 32, OFFLOAD, False),
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """So many pictures of one size in a call, by which switches, on a card of how many GB.
+
+    Attributes:
+        stock_tiles: diffusers' own tiling, with tiles as large as ours.
+    """
+
+    height: int = 512
+    width: int = 512
+    pictures: int = 1
+    calls: Calls = AUTO
+    stock_tiles: bool = False
+    card_gb: float = 8
+
+
+LARGE: dict[str, Any] = {"height": 2224, "width": 3840}
+MANY: dict[str, Any] = {"pictures": 32}
+ROWS = {
+    "sd15 4K, auto": Row(**LARGE),
+    "sd15 32 of 512, auto": Row(**MANY),
+    "sd15 4K, auto, 4 GB": Row(**LARGE, card_gb=4),
+    "sd15 32 of 512, auto, 4 GB": Row(**MANY, card_gb=4),
+    "sd15 32 of 512, auto, 1.5 GB": Row(**MANY, card_gb=1.5),
+    "sd15 4K, exact tiles": Row(**LARGE, calls=EXACT_TILES + OFFLOAD),
+    "sd15 4K, exact tiles, pictures on the host": Row(**LARGE, calls=EXACT_TILES_ON_HOST + OFFLOAD),
+    "sd15 4K, our tiles": Row(**LARGE, calls=TILES + OFFLOAD),
+    "sd15 4K, diffusers' tiles": Row(**LARGE, calls=OFFLOAD, stock_tiles=True),
+    "sd15 4K, untiled": Row(**LARGE, calls=OFFLOAD),
+    "sd15 32 of 512, slices": Row(**MANY, calls=SLICES + OFFLOAD),
+    "sd15 32 of 512, tiles of 256": Row(**MANY, calls=(("enable_vae_tiling", {"tile_size": 256}), *OFFLOAD)),
+    "sd15 32 of 512, neither": Row(**MANY, calls=OFFLOAD),
 }
 
 
@@ -74,44 +89,44 @@ def main(path: Path) -> None:
     rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
     data: dict[str, Any] = {
         **required(read_machine),
-        "card_bytes": CARD_BYTES,
         "steps": STEPS,
         "rows": rows,
     }
-    for name, (architecture, *_) in ROWS.items():
+    for name, row in ROWS.items():
         if name not in rows:
-            pipe = load(architecture)
-            rows[name] = apart(functools.partial(run, name, pipe, CARD_BYTES - data["context_bytes"]), LIMIT_S)
+            pipe = load(name.split()[0])
+            allowed = int(row.card_gb * GB) - data["context_bytes"]
+            rows[name] = apart(functools.partial(run, row, pipe, allowed), LIMIT_S)
             print(name, rows[name], flush=True)
             path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def run(name: str, pipe: Any, allowed: int) -> dict[str, Any]:
+def run(row: Row, pipe: Any, allowed: int) -> dict[str, Any]:
     """Measure one row under a cap in bytes: what a card has beside the context, which it has to hold, too."""
-    _, height, width, pictures, calls, stock_tiles = ROWS[name]
+    size = {"height": row.height, "width": row.width}
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info()[1])
     turbo(pipe)
-    if stock_tiles:
+    if row.stock_tiles:
         pipe.vae.enable_tiling()
         pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 64, 512
-    row: dict[str, Any] = {"allowed_bytes": allowed}
-    if calls == AUTO:
-        auto_optimize(pipe, height=height, width=width, batch_size=pictures, steps=STEPS, vram_budget=allowed)
+    found: dict[str, Any] = {"card_bytes": int(row.card_gb * GB), "allowed_bytes": allowed}
+    if row.calls == AUTO:
+        auto_optimize(pipe, **size, batch_size=row.pictures, steps=STEPS, vram_budget=allowed)
         plan = pipe.turbo_report().plan
-        row |= {"plan": [step.action for step in plan.steps], "exact": pipe.turbo_report().exact}
-        row["predicted_bytes"] = plan.after.peak_bytes if plan.after else None
+        found |= {"plan": [step.action for step in plan.steps], "exact": pipe.turbo_report().exact}
+        found["predicted_bytes"] = plan.after.peak_bytes if plan.after else None
     else:
-        for method, options in calls:
+        for method, options in row.calls:
             getattr(pipe, method)(**options)
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     try:
-        made = pipe(["a red cat"] * pictures, height=height, width=width, num_inference_steps=STEPS, output_type="pt")
+        made = pipe(["a red cat"] * row.pictures, **size, num_inference_steps=STEPS, output_type="pt")
         torch.cuda.synchronize()
-        row |= {"seconds": time.perf_counter() - start, "finite": bool(made.images.isfinite().all())}
+        found |= {"seconds": time.perf_counter() - start, "finite": bool(made.images.isfinite().all())}
     except torch.cuda.OutOfMemoryError as error:
-        row["out_of_memory"] = str(error).splitlines()[0]
-    return row | {
+        found["out_of_memory"] = str(error).splitlines()[0]
+    return found | {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }

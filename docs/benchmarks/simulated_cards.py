@@ -174,7 +174,11 @@ def draw(pipe: Any, job: Job, way: Way, row: Row) -> None:
     if way.name == OURS:
         report = pipe.turbo_report()
         notes = [note for lever in report.levers for note in lever.notes]
-        row |= {"exact": report.exact, "fallbacks": [note for note in notes if note.startswith("out of memory in")]}
+        row |= {
+            "exact": report.exact,
+            "fallbacks": [note for note in notes if note.startswith("out of memory in")],
+            "uncaptured": [note for note in notes if "could not be captured" in note],
+        }
 
 
 def set_up(pipe: Any, job: Job, way: Way, row: Row) -> None:
