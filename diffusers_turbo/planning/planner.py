@@ -286,10 +286,11 @@ def _filled(situation: Situation, rung: Rung, estimates: Estimates, usable: int)
         filled = rung.keeping(whole * share // _SHARES, denoiser_leaves=leaves)
         return _draft(situation, filled, estimates)
 
-    known = {share: keeping(share, leaves=True) for share in (0, _SHARES)}
-    needed = {share: draft.estimate.needed_bytes for share, draft in known.items()}
-    if needed[0] > usable:
+    known = {0: keeping(0, leaves=True)}
+    if known[0].estimate.needed_bytes > usable:
         return known[0]
+    known[_SHARES] = keeping(_SHARES, leaves=True)
+    needed = {share: draft.estimate.needed_bytes for share, draft in known.items()}
     fits, too_much = (_SHARES, _SHARES + 1) if needed[_SHARES] <= usable else (0, _SHARES)
     while too_much - fits > 1 and len(known) < _LOOKS:
         # what stays counts byte by byte once it decides the peak, and not before: a straight line, or the middle
