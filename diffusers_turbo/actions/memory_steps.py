@@ -12,7 +12,7 @@ from ..facts.host import host_memory
 from ..facts.pipeline import read_pipeline, upcasts_vae
 from ..planning.conflicts import conflicts_between
 from ..planning.ladder import EXACT_TILES, TILE_SIZES, slices_of
-from ..planning.memory import LOOPED_ROLES, holds_scores
+from ..planning.memory import holds_scores, looped_names
 from ..planning.options import (
     SLICED_DENOISERS,
     CUDAGraphs,
@@ -96,8 +96,7 @@ def steps(
 def _slices(pipe: Any, ledger: Ledger, component: str, samples: int) -> Iterator[DenoiserSlicing]:
     """Iterate over slices of the denoiser's batch that are smaller than those it works in."""
     facts = read_pipeline(pipe)
-    part = facts.component(component)
-    if part is None or part.role not in LOOPED_ROLES or facts.shape.class_name not in SLICED_DENOISERS:
+    if component not in looped_names(facts) or facts.shape.class_name not in SLICED_DENOISERS:
         return
     lever = ledger.top(DenoiserSlicing.slot)
     now = lever.options.slice_size if lever is not None and isinstance(lever.options, DenoiserSlicing) else samples
@@ -179,16 +178,16 @@ def _leaner(pipe: Any, now: PartialOffload, component: str) -> Iterator[PartialO
 
     Less of the denoiser each time, of the others their layers one by one.
     """
-    roles = {part.name: part.role for part in read_pipeline(pipe).components}
-    if roles.get(component) not in LOOPED_ROLES:
+    looped = looped_names(read_pipeline(pipe))
+    if component not in looped:
         if now.resident_bytes != 0 and not now.denoiser_leaves:
             now = replace(now, denoiser_leaves=True)
             yield now
         if component not in now.alone:
             yield replace(now, by_layers=(*now.alone, component))
         return
-    looped = [module for name, module in modules_of(pipe).items() if roles.get(name) in LOOPED_ROLES]
-    whole = sum(weight.nbytes for module in looped for weight in weights_of(module))
+    modules = modules_of(pipe)
+    whole = sum(weight.nbytes for name in looped for weight in weights_of(modules[name]))
     while stays := now.stays(whole):
         now = replace(now, resident_bytes=stays // 2 if stays > whole // LEAST_SHARE else 0)
         yield now

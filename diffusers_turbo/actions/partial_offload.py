@@ -18,7 +18,7 @@ from ..errors import NotSupportedError, explain_failure
 from ..facts.pipeline import read_pipeline
 from ..graphs.capture import is_recording, return_cached
 from ..modules import modules_in
-from ..planning.memory import LOOPED_ROLES
+from ..planning.memory import looped_names
 from ..planning.options import PartialOffload
 from ..planning.residents import window_sizes
 from ..planning.units import gib
@@ -311,11 +311,9 @@ def apply(pipe: Any, options: PartialOffload) -> Journal:
     tried = f"{options.action}()"
     refuse_foreign_offload(pipe, tried)
     device = torch.device(options.device) if options.device is not None else accelerator(tried)
-    denoiser, _ = denoiser_of(pipe, tried)
+    denoiser_of(pipe, tried)  # or a refusal
     modules = modules_of(pipe)
-    roles = {part.name: part.role for part in read_pipeline(pipe).components}
-    names = sorted((name for name in modules if roles.get(name) in LOOPED_ROLES), key=lambda name: name == denoiser)
-    looped = {name: modules[name] for name in names}
+    looped = {name: modules[name] for name in looped_names(read_pipeline(pipe))}
     others = {name: module for name, module in modules.items() if name not in looped}
     if missing := sorted(set(options.alone) - set(others)):
         needed = f"names among {', '.join(others) or 'none: there is no other component'}"

@@ -100,7 +100,7 @@ def _trouble(option: Options, situation: Situation) -> str | None:
     if isinstance(option, DenoiserSlicing):
         if denoiser_slices(situation):
             return None
-        one = situation.request.batch_size * facts.guidance_copies == 1
+        one = situation.samples == 1
         return "The denoiser works on a single sample." if one else f"A {facts.shape.class_name} was not tried with it."
     if vae is None:
         return f"{facts.class_name} has no VAE."
@@ -139,8 +139,7 @@ def _why_taken(
     if isinstance(option, VAETiling):
         return f"No exact plan fits: it {numbers}. LOSSY: {VAETiling.lossy_reason}."
     if isinstance(option, DenoiserSlicing):
-        samples = situation.request.batch_size * situation.pipeline.guidance_copies
-        how = f"The denoiser works on {option.slice_size} of {samples} samples at a time"
+        how = f"The denoiser works on {option.slice_size} of {situation.samples} samples at a time"
         return f"{how}: the pipeline {numbers}. That adds {_seconds(chosen.slicing_seconds)} on an H100."
     if isinstance(option, VAESlicing):
         return f"The batch of {situation.request.batch_size} is decoded one by one: {numbers}."

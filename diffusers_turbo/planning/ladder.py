@@ -211,10 +211,8 @@ def _can_slice_attention(situation: Situation) -> bool:
 
 def denoiser_slices(situation: Situation) -> tuple[DenoiserSlicing, ...]:
     """Return the slices that the denoiser's batch can be cut into evenly, the largest first."""
-    facts = situation.pipeline
-    if facts.shape.class_name not in SLICED_DENOISERS:
-        return ()
-    return slices_of(situation.request.batch_size * facts.guidance_copies)
+    known = situation.pipeline.shape.class_name in SLICED_DENOISERS
+    return slices_of(situation.samples) if known else ()
 
 
 def slices_of(samples: int) -> tuple[DenoiserSlicing, ...]:

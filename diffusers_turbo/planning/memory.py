@@ -77,6 +77,13 @@ ENCODER_ROLES = ("text_encoder", "image_encoder")
 LOOPED_ROLES = ("denoiser", "controlnet")
 """Roles of the components that are called at every step."""
 
+
+def looped_names(facts: PipelineFacts) -> tuple[str, ...]:
+    """Return the components that are called at every step, the denoiser last."""
+    names = [part.name for part in facts.components if part.role in LOOPED_ROLES]
+    return tuple(sorted(names, key=lambda name: name == facts.denoiser))
+
+
 _NAIVE_PROCESSORS = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "NaiveAttnProcessor")
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
@@ -157,7 +164,7 @@ def _denoise(facts: PipelineFacts, switches: Switches, height: int, width: int, 
     )
 
 
-def samples_at_once(facts: PipelineFacts, batch_size: int, options: Iterable[Options]) -> int:
+def samples_at_once(facts: PipelineFacts, batch_size: int, options: Iterable[Options] = ()) -> int:
     """Return how many samples the denoiser works on in one of its calls, for so many pictures."""
     slices = [option.slice_size for option in options if isinstance(option, DenoiserSlicing)]
     return min([batch_size * facts.guidance_copies, *slices])

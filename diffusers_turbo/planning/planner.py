@@ -190,16 +190,15 @@ class _Draft:
     def summary(self, situation: Situation) -> Estimated:
         facts, steps = situation.pipeline, situation.request.steps
         batch_size, options = situation.request.batch_size, self.rung.options
-        pixels = situation.height * situation.width * batch_size
         missed = 0.0
         if self.tier.name is None and _has_tier(situation):
             missed = missed_seconds(facts, steps) * denoiser_calls(facts, options, batch_size)
         return Estimated(
             rung=self.rung,
             needed_bytes=self.estimate.needed_bytes,
-            added_seconds=added_seconds(facts, options, steps, pixels=pixels, batch_size=batch_size) + missed,
+            added_seconds=added_seconds(facts, options, steps, pixels=situation.pixels, batch_size=batch_size) + missed,
             missed_seconds=missed,
-            tiling_seconds=tiling_seconds(facts, options, pixels),
+            tiling_seconds=tiling_seconds(facts, options, situation.pixels),
             slicing_seconds=slicing_seconds(facts, options, steps, batch_size),
         )
 
@@ -207,8 +206,7 @@ class _Draft:
 def _at_least(situation: Situation, rung: Rung) -> float:
     """Return the seconds that a rung adds if nothing is moved and graphs are there."""
     batch_size, steps = situation.request.batch_size, situation.request.steps
-    pixels = situation.height * situation.width * batch_size
-    tiles = tiling_seconds(situation.pipeline, rung.options, pixels)
+    tiles = tiling_seconds(situation.pipeline, rung.options, situation.pixels)
     return tiles + slicing_seconds(situation.pipeline, rung.options, steps, batch_size)
 
 

@@ -80,6 +80,16 @@ class Situation:
     width: int
 
     @property
+    def samples(self) -> int:
+        """What the denoiser sees of the batch: with guidance two of each picture."""
+        return self.request.batch_size * self.pipeline.guidance_copies
+
+    @property
+    def pixels(self) -> int:
+        """Of all pictures of the batch."""
+        return self.height * self.width * self.request.batch_size
+
+    @property
     def usable_bytes(self) -> int | None:
         """What the plan may fill: free memory and what the pipeline itself holds there, within the budget.
 

@@ -49,7 +49,7 @@ def added_seconds(
 
 def denoiser_calls(facts: PipelineFacts, options: Iterable[Options], batch_size: int) -> int:
     """Return how many calls of the denoiser a step of so many pictures is: one, or one for each slice."""
-    return ceil(batch_size * facts.guidance_copies / samples_at_once(facts, batch_size, options))
+    return ceil(samples_at_once(facts, batch_size) / samples_at_once(facts, batch_size, options))
 
 
 def slicing_seconds(facts: PipelineFacts, options: Iterable[Options], steps: int, batch_size: int) -> float:

@@ -20,7 +20,7 @@ from ..facts.device import DeviceFacts
 from ..facts.pipeline import PipelineFacts, read_pipeline
 from ..planning import options as opt
 from ..planning.estimate import MemoryEstimate
-from ..planning.memory import ENCODER_ROLES, LOOPED_ROLES, estimate_memory, offload_in_force, samples_at_once
+from ..planning.memory import ENCODER_ROLES, estimate_memory, looped_names, offload_in_force, samples_at_once
 from ..planning.options import Options
 from ..planning.request import Request, settle
 from .allocator import Allocator
@@ -241,9 +241,9 @@ class Predictor:
         tight: bool = False,
     ) -> dict[str, Peak]:
         on = {type(option): option for option in options}
-        widens, weights = prepared.widened, prepared.weights
+        facts, widens, weights = prepared.skeleton.facts, prepared.widened, prepared.weights
         allocator = Allocator(tight=tight)
-        offload = offload_in_force(prepared.skeleton.facts, on)
+        offload = offload_in_force(facts, on)
         tiled = opt.VAETiling in on or bool(getattr(getattr(self.pipe, "vae", None), "use_tiling", False))
         whole = widens or (tiled and bool(getattr(offload, "use_stream", False)))
         if offload is not None and widens:
@@ -253,12 +253,12 @@ class Predictor:
             weights,
             allocator,
             vae_as_a_whole=whole,
-            looped=_looped(prepared.skeleton.facts),
+            looped=looped_names(facts),
             step=recordings["denoise"].events,
         )
         assert self.workspaces is not None
         replay = Replay(allocator, self.workspaces, residency)
-        facts, samples = prepared.skeleton.facts, picture.batch_size * prepared.skeleton.facts.guidance_copies
+        samples = samples_at_once(facts, picture.batch_size)
         call = PipelineCall(
             replay,
             recordings,
@@ -365,12 +365,6 @@ def _matters(option: Options, stage: str) -> bool:
     return not isinstance(option, ON_VAE if stage == "denoise" else ON_DENOISER)
 
 
-def _looped(facts: PipelineFacts) -> tuple[str, ...]:
-    """The components that are called at every step, the denoiser last."""
-    names = [part.name for part in facts.components if part.role in LOOPED_ROLES]
-    return tuple(sorted(names, key=lambda name: name == facts.denoiser))
-
-
 def _projected_bytes(prepared: _Prepared, picture: Picture) -> int:
     """Keys and values of the prompt, of all cross-attention layers at once: what prompt projections keep."""
     skeleton = prepared.skeleton
@@ -380,5 +374,5 @@ def _projected_bytes(prepared: _Prepared, picture: Picture) -> int:
     layers = [layer for layer in attention_layers(denoiser).values() if layer.is_cross_attention]
     width = sum(2 * layer.inner_kv_dim for layer in layers)
     item = next(denoiser.parameters()).element_size()
-    samples = picture.batch_size * skeleton.facts.guidance_copies
+    samples = samples_at_once(skeleton.facts, picture.batch_size)
     return int(width * prompt_tokens(skeleton.pipe) * samples * item)

@@ -142,7 +142,7 @@ def shorten_pictures(vae: Any, marks: Marks) -> None:
     """Have pictures of one shape run once, where exact tiles take them one after the other."""
     for name, method in (("tiled_decode", "_decode"), ("_tiled_encode", "_encode")):
         half = vars(vae).get(name)
-        if isinstance(half, ExactHalf):
+        if isinstance(half, ExactHalf) and method not in vars(half):  # tiles that stay on are met at each stage
             setattr(half, method, SameInRow(getattr(half, method), marks))
 
 

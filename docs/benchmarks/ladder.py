@@ -75,9 +75,7 @@ def climb(name: str, side: int) -> dict[str, Any]:
     for budget in BUDGETS_GIB:
         made = plan(pipe, device, height=side, width=side, vram_budget=int(budget * GIB), estimates=predictor.estimate)
         taken = [step.typed_options() for step in made.steps]
-        memory = [
-            step.action for step in made.steps if any(name in step.action for name in ("offload", "vae_", "slicing"))
-        ]
+        memory = [step.action for step in made.steps if any(part in step.action for part in MEMORY)]
         plans.append(
             {
                 "budget_gib": round(budget, 3),

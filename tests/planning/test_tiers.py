@@ -242,7 +242,7 @@ def test_compiled_where_nothing_compiles_is_instant(device, why):
 
 def test_no_tier_where_weights_move_or_there_is_no_nvidia_gpu():
     small = plan(facts_of("sdxl"), H100, tier="instant", vram_budget="100MB")
-    assert taken(small) & {"enable_group_offload", "enable_sequential_cpu_offload"}
+    assert "enable_sequential_cpu_offload" in taken(small)
     assert taken(small) & ONLY_OF_TIERS == set()
     assert "not beside enable_" in reason(small, "enable_cuda_graphs")
     cpu = dataclasses.replace(H100, device_type="cpu", sm=None, name="a CPU")

@@ -13,7 +13,7 @@ from diffusers_turbo.bench.live_bytes import LiveBytes
 from diffusers_turbo.facts.device import DeviceFacts
 from diffusers_turbo.prediction.attention import KernelMemory
 from diffusers_turbo.prediction.recording import Convolved, Gone, Made, Marks, Multiplied, Recorder
-from diffusers_turbo.prediction.repeating import SameAgain, shorten, shorten_pictures, shorten_slices
+from diffusers_turbo.prediction.repeating import SameAgain, SameInRow, shorten, shorten_pictures, shorten_slices
 from diffusers_turbo.prediction.skeleton import on_meta, skeleton_of
 from tests import tiny
 
@@ -51,11 +51,18 @@ def _on_cpu(call, module):
     return memory.peak
 
 
-def _on_meta(call, module):
-    twin = on_meta(module)
-    with torch.no_grad(), Recorder([twin]) as recorder:
+def _recorded(call, module, *prepare):
+    """Record a run on the meta device, after what is done to the copy that runs, which is given marks, too."""
+    twin, marks = on_meta(module), Marks()
+    for change in prepare:
+        change(twin, marks)
+    with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
         call(twin, "meta")
-    return peak(recorder.events)
+    return recorder
+
+
+def _on_meta(call, module, *prepare):
+    return peak(_recorded(call, module, *prepare).events)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +95,13 @@ def test_live_storages_of_a_batch_in_slices_are_those_of_a_real_run(slice_size, 
     pipe = turbo(tiny.sd())
     pipe.enable_naive_attention()
     whole = _on_cpu(run, pipe.unet)
-    twin, marks = on_meta(pipe.unet), Marks()
-    if shortened:
-        shorten_slices(twin, marks)
-    WorksInSlices(twin, slice_size=slice_size).install()
-    with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
-        run(twin, "meta")
+    prepare = [shorten_slices] if shortened else []
+    prepare.append(lambda unet, marks: WorksInSlices(unet, slice_size=slice_size).install())
+    predicted = _on_meta(run, pipe.unet, *prepare)
     pipe.enable_denoiser_slicing(slice_size)
     real = _on_cpu(run, pipe.unet)
     # of a repeated slice only what waits for the others
-    assert peak(recorder.events) == pytest.approx(real, rel=0.02 if shortened else 0)
+    assert predicted == pytest.approx(real, rel=0.02 if shortened else 0)
     assert real < whole * (0.1 + slice_size / 6)
 
 
@@ -123,12 +127,8 @@ def test_live_storages_of_a_decode_in_tiles_are_those_of_a_real_run(shortened, s
     pipe = turbo(tiny.sd())
     pipe.enable_naive_attention()
     getattr(pipe, switch)(**given)
-    twin, marks = on_meta(pipe.vae), Marks()
-    if shortened:
-        shorten(twin, marks)
-    with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
-        _decode(twin, "meta")
-    assert peak(recorder.events) == pytest.approx(_on_cpu(_decode, pipe.vae), rel=0.004 if shortened else 0.002)
+    predicted = _on_meta(_decode, pipe.vae, *([shorten] if shortened else []))
+    assert predicted == pytest.approx(_on_cpu(_decode, pipe.vae), rel=0.004 if shortened else 0.002)
 
 
 def test_live_storages_of_a_batch_in_exact_tiles_are_those_of_a_real_run():
@@ -140,30 +140,26 @@ def test_live_storages_of_a_batch_in_exact_tiles_are_those_of_a_real_run():
     pipe = turbo(tiny.sd())
     pipe.enable_naive_attention()
     pipe.enable_vae_exact_tiling(tile_size=64)
-    real, peaks, operators = _on_cpu(run, pipe.vae), [], []
-    for shortened in (False, True):
-        twin, marks = on_meta(pipe.vae), Marks()
-        if shortened:
-            shorten_pictures(twin, marks)
-        with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
-            run(twin, "meta")
-        peaks.append(peak(recorder.events))
-        operators.append(recorder.operators)
-    assert peaks[1] == pytest.approx(real, rel=0.02)
-    assert operators[1] < operators[0] / 4
+    every = _recorded(run, pipe.vae)
+    # at each stage of a prediction tiles that stay on are met again
+    shortened = _recorded(run, pipe.vae, shorten_pictures, shorten_pictures)
+    assert peak(shortened.events) == pytest.approx(_on_cpu(run, pipe.vae), rel=0.02)
+    assert shortened.operators < every.operators / 4
+
+
+def test_a_picture_in_exact_tiles_has_one_stand_in_however_often_it_is_met():
+    pipe = turbo(tiny.sd())
+    pipe.enable_vae_exact_tiling(tile_size=32)
+    for _ in range(2):
+        shorten_pictures(pipe.vae, Marks())
+    assert not isinstance(vars(pipe.vae.tiled_decode)["_decode"].run, SameInRow)
 
 
 def test_pictures_in_host_memory_are_not_on_the_device():
     pipe, peaks = turbo(tiny.sd()), {}
     for hold_on in ("device", "host"):
         pipe.enable_vae_exact_tiling(tile_size=32, hold_on=hold_on)
-        for shortened in (False, True):
-            twin, marks = on_meta(pipe.vae), Marks()
-            if shortened:
-                shorten(twin, marks)
-            with torch.no_grad(), Recorder([twin]) as recorder, marks.to(recorder):
-                _decode(twin, "meta")
-            peaks.setdefault(hold_on, []).append(peak(recorder.events))
+        peaks[hold_on] = [_on_meta(_decode, pipe.vae, *prepare) for prepare in ([], [shorten])]
     for found in peaks.values():
         assert found[1] == pytest.approx(found[0], rel=0.004)
     assert peaks["host"][0] < peaks["device"][0] / 2
